@@ -1,0 +1,157 @@
+"""Give every leaf of a module its precision, and say what was touched and what was not."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from layers.precision.leaf import Leaf
+from layers.precision.policy import HIGH_ROLES, LeafPrecision, PrecisionPolicy
+
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Covered:
+    """One parameter and what the policy made of it."""
+
+    name: str  # as in named_parameters()
+    role: str
+    params: int
+    flops: float | None  # matmul FLOPs per token that it takes part in, where known
+    rule: int | None  # number of the rule that matched; None: the default, or no leaf
+    precision: LeafPrecision | None  # None: no leaf owns it, so no policy touches it
+
+    @property
+    def format(self) -> str:
+        """The formats of its six operands, or "untouched"."""
+        return self.precision.label if self.precision else "untouched"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageReport:
+    """What `apply_policy` did, parameter by parameter."""
+
+    policy: PrecisionPolicy
+    parameters: tuple[Covered, ...]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the weights whose leaf got a precision."""
+        return tuple(p.name for p in self.parameters if p.precision)
+
+    @property
+    def untouched(self) -> tuple[str, ...]:
+        """Names of the parameters that no leaf owns."""
+        return tuple(p.name for p in self.parameters if not p.precision)
+
+    def weight_share(self) -> dict[str, float]:
+        """Share of all parameters by format; adds up to one."""
+        return _shares({p.name: p.params for p in self.parameters}, self.parameters)
+
+    def flops_share(self) -> dict[str, float] | None:
+        """Share of matmul FLOPs by format, or None where FLOPs are not known."""
+        flops = {p.name: p.flops for p in self.parameters}
+        known = {name: f for name, f in flops.items() if f is not None}
+        return _shares(known, self.parameters) if len(known) == len(flops) else None
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{fmt} {share:.1%}" for fmt, share in self.weight_share().items())
+        rows = [f"{p.name:40s} {p.role:12s} {p.params:>12,d}  {p.format}" for p in self.parameters]
+        return "\n".join([f"{self.policy.name}: weights {shares}", *rows])
+
+
+def _shares(amounts: Mapping[str, float], covered: tuple[Covered, ...]) -> dict[str, float]:
+    whole = sum(amounts.values()) or 1
+    shares: dict[str, float] = {}
+    for p in covered:
+        shares[p.format] = shares.get(p.format, 0.0) + amounts[p.name] / whole
+    return shares
+
+
+def leaves(module: nn.Module) -> dict[str, Leaf]:
+    """Every leaf of a module by its qualified name; "" when the module is one itself."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, Leaf)}
+
+
+def apply_policy(
+    module: nn.Module,
+    policy: PrecisionPolicy,
+    *,
+    where: str = "*",
+    roles: Mapping[str, str] | None = None,
+    flops: Mapping[str, float] | None = None,
+) -> CoverageReport:
+    """Set the precision of every leaf whose qualified name matches the glob `where`.
+
+    Args:
+        module: any module; its parameters, names and dtypes stay as they are.
+        policy: what to set.
+        where: glob over qualified leaf names, e.g. "blocks.*.ffn.*"; other leaves keep what they have.
+        roles: role by parameter name, for parameters that no leaf owns.
+        flops: matmul FLOPs per token by parameter name, for the report's shares.
+
+    Returns:
+        The coverage report; it lists every parameter of the module.
+
+    Raises:
+        ValueError: when no leaf matches; under a strict policy also when a rule with a name or
+            layers matches no leaf, or a matrix of a quantisable role is owned by no leaf.
+    """
+    owned = {f"{n}.weight".lstrip("."): (n, leaf) for n, leaf in leaves(module).items()}
+    touched = {p: v for p, v in owned.items() if fnmatchcase(v[0], where)}
+    if not touched:
+        names = ", ".join(n for n, _ in owned.values()) or "none"
+        raise ValueError(f"where={where!r} matches no leaf, so nothing would change. Leaves: {names}")
+    n_layers = 1 + max((b for n, _ in owned.values() if (b := _block(n)) is not None), default=-1)
+    rows, choices = [], []
+    for name, parameter in module.named_parameters():
+        role, rule, precision = (roles or {}).get(name, "other"), None, None
+        if name in owned:
+            leaf_name, leaf = owned[name]
+            role, precision = leaf.role, leaf.precision
+            if name in touched:
+                precision, rule = policy.resolve(
+                    name=leaf_name, role=role, layer=_block(leaf_name), n_layers=n_layers
+                )
+                choices.append((leaf, precision))
+        rows.append(
+            Covered(
+                name=name, role=role, params=parameter.numel(), rule=rule, precision=precision,
+                flops=None if flops is None else flops.get(name, 0.0),
+            )
+        )  # fmt: skip
+    report = CoverageReport(policy=policy, parameters=tuple(rows))
+    if policy.strict and where == "*":
+        _refuse_misses(module, report)
+    for leaf, precision in choices:
+        leaf.precision = precision
+    return report
+
+
+def _block(name: str) -> int | None:
+    found = _BLOCK.search(name)
+    return int(found[1]) if found else None
+
+
+def _refuse_misses(module: nn.Module, report: CoverageReport) -> None:
+    matrices = {n for n, p in module.named_parameters() if p.ndim >= 2}
+    missed = [
+        p.name
+        for p in report.parameters
+        if p.precision is None and p.name in matrices and p.role not in HIGH_ROLES
+    ]
+    if missed:
+        raise ValueError(
+            f"precision {report.policy.name!r} is strict, but no leaf owns {', '.join(missed)}: build "
+            "them from layers.linear, or set strict to false"
+        )
+    used = {p.rule for p in report.parameters}
+    for number, rule in enumerate(report.policy.rules):
+        if number not in used and (rule.name != "*" or rule.layers is not None):
+            raise ValueError(
+                f"precision {report.policy.name!r} is strict, but rule {number} "
+                f"({rule.to_plain()}) matches no leaf: correct it, or set strict to false"
+            )

@@ -1,0 +1,62 @@
+"""What a recipe may say, with every default: dataclasses < one YAML < `key=value`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from zoo.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text, tokens and batches."""
+
+    corpus: str = "classics7"  # a row of recipes.data.CORPORA
+    tokenizer: str = "bytes"  # bytes | bpe1024 | bpe4096
+    seq_len: int = 256  # tokens a sequence
+    batch_size: int = 16  # sequences a micro-batch and process
+    eval_bytes_per_domain: int | None = 8192  # during training; None: all of the validation part
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; vectors are never decayed
+    clip_norm: float | None = 1.0
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_fraction: float = 0.05  # of all steps
+    decay_fraction: float = 0.2  # wsd only: the last part of all steps, shape 1 - sqrt
+    final_lr_ratio: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The loop."""
+
+    max_steps: int = 200  # optimizer steps
+    accumulate: int = 1  # micro-batches a step
+    eval_every_steps: int = 50
+    checkpoint_every_steps: int = 100
+    log_every_steps: int = 10
+    activation_checkpointing: bool = False
+    compile: bool = False
+    matmul: Literal["auto", "default"] = "auto"  # auto: the fast fp32 path where it stays exact
+    threads: int | None = None  # None: as many as there are cores
+    accelerator: str = "cpu"
+    devices: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, whole."""
+
+    seed: int = 0
+    precision: Any = "bf16"  # a preset by name, or a policy written out
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

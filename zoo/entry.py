@@ -1,0 +1,29 @@
+"""What a row of the catalogue says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One FFN variant or one router: the row is its documentation and its test's parameter."""
+
+    name: str
+    module: type[nn.Module]  # built as module(config), or module(config, router)
+    config: type[Any]  # frozen keyword-only dataclass with cost()
+    summary: str
+    paper: str
+    tiny: Mapping[str, Any]  # the smallest options worth testing
+    width: str | None = None  # the field that `zoo.match` turns; None: it has no width of its own
+    router: str | None = None  # default router by name; None: the variant routes nothing
+    aliases: tuple[str, ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # named options
+    tokenwise: bool = True  # a token's output does not depend on its neighbours
+    own_norm: bool = False  # reads the raw residual stream and norms it itself
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.width not in self.config.__dataclass_fields__:
+            raise ValueError(f"{self.name}: width {self.width!r} is no field of its config")
