@@ -1,0 +1,205 @@
+"""Matmuls over rows sorted by expert: one segment of rows for each matrix of a stack.
+
+N rows, E experts; `counts` [E] int64 says how many consecutive rows belong to each expert, and
+sums to N. An expert without rows costs nothing and gets a gradient of exact zeros.
+
+The three products are library operators, so that `torch.compile` keeps them whole and
+`FlopCounterMode` counts them exactly (moe.md 14.3, performance.md 3). `backend` is
+"loop" (one `torch.mm(out=slice)` per expert; any dtype; the fastest in training on a CPU; reads
+`counts` on the host), "grouped" (`F.grouped_mm`; no host read; refuses float64), or "auto": "loop"
+on a CPU and wherever `F.grouped_mm` has no fast kernel, else "grouped".
+
+The dtype of the rows is the dtype of the matmul: a stack in another dtype is cast one matrix at a
+time, just before it is used, so that no copy of the whole stack is written.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from layers.names import check_choice
+
+BACKENDS = ("auto", "loop", "grouped")
+
+_library = torch.library.Library("moe_zoo", "FRAGMENT")
+
+
+def grouped_mm(x: Tensor, w: Tensor, counts: Tensor, backend: str = "auto") -> Tensor:
+    """Each row times its expert's matrix, transposed: `y[n] = w[e(n)] @ x[n]`.
+
+    x: [N, K]; w: [E, O, K]; counts: [E] int64. Returns [N, O] in x's dtype. Not differentiable:
+    see `grouped_linear`.
+    """
+    return torch.ops.moe_zoo.grouped_mm(x, w, counts, backend)
+
+
+def grouped_mm_dx(dy: Tensor, w: Tensor, counts: Tensor, backend: str = "auto") -> Tensor:
+    """Each row times its expert's matrix: `dx[n] = w[e(n)]^T @ dy[n]`.
+
+    dy: [N, O]; w: [E, O, K]; counts: [E] int64. Returns [N, K] in dy's dtype.
+    """
+    return torch.ops.moe_zoo.grouped_mm_dx(dy, w, counts, backend)
+
+
+def grouped_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    counts: Tensor,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The gradient of every expert's matrix: `dw[e] = sum over its rows of dy[n] x[n]^T`.
+
+    dy: [N, O]; x: [N, K], same dtype; counts: [E] int64. Returns [E, O, K] in `dtype` (None: that
+    of the rows), exact zeros where an expert has no row.
+    """
+    return torch.ops.moe_zoo.grouped_wgrad(dy, x, counts, dtype or dy.dtype, backend)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(x, w, counts)
+        ctx.backend = backend
+        return grouped_mm(x, w, counts, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator hides ctx
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, w, counts = ctx.saved_tensors
+        dy = grads[0].contiguous()  # a sum's gradient has stride 0, which grouped kernels refuse
+        dx = grouped_mm_dx(dy, w, counts, ctx.backend) if ctx.needs_input_grad[0] else None
+        dw = grouped_wgrad(dy, x, counts, w.dtype, ctx.backend) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None
+
+
+def grouped_linear(x: Tensor, w: Tensor, counts: Tensor, backend: str = "auto") -> Tensor:
+    """`grouped_mm` with gradients for x and w.
+
+    x: [N, K], rows sorted by expert; w: [E, O, K]; counts: [E] int64, sums to N.
+    Returns [N, O] in x's dtype; w's gradient comes in w's dtype.
+    """
+    if backend != "auto":
+        check_choice("grouped matmul backend", backend, BACKENDS)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        y = _GroupedLinear.apply(x, w, counts, backend)
+        assert isinstance(y, Tensor)
+        return y
+    return grouped_mm(x, w, counts, backend)
+
+
+# The operators. Each walks its experts or hands the segments to F.grouped_mm.
+
+
+def _one_call(rows: Tensor, backend: str, *widths: int) -> bool:
+    """Whether `F.grouped_mm` runs this product."""
+    if backend != "auto":
+        return backend == "grouped"
+    # Elsewhere than on a GPU in bf16 it is a loop of its own, and its strides go in 16-byte steps.
+    aligned = all(width * rows.element_size() % 16 == 0 for width in widths)
+    return rows.is_cuda and rows.dtype is torch.bfloat16 and aligned
+
+
+def _ends(counts: Tensor) -> Tensor:
+    return counts.cumsum(0).to(torch.int32)  # grouped_mm takes no other integer
+
+
+def _busy(
+    counts: Tensor, *per_row: Tensor, matrices: Tensor
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """(matrix, [its rows of each tensor]) for every expert that has rows."""
+    sizes = counts.tolist()
+    pieces = zip(*(rows.split(sizes) for rows in per_row), strict=True)
+    for size, matrix, rows in zip(sizes, matrices.unbind(0), pieces, strict=True):
+        if size:
+            yield matrix, list(rows)
+
+
+def _caster(w: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Room for one matrix of `w` in `dtype`, or None when it needs no cast."""
+    return None if w.dtype == dtype else w.new_empty(w.shape[1:], dtype=dtype)
+
+
+def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
+    x, w = x.detach(), w.detach()
+    if _one_call(x, backend, x.shape[1], w.shape[1]):
+        return F.grouped_mm(x.contiguous(), w.to(x.dtype).transpose(-2, -1), offs=_ends(counts))
+    y, cast = x.new_empty(x.shape[0], w.shape[1]), _caster(w, x.dtype)
+    for matrix, (x_e, y_e) in _busy(counts, x, y, matrices=w):
+        torch.mm(x_e, (matrix if cast is None else cast.copy_(matrix)).t(), out=y_e)
+    return y
+
+
+def _grouped_mm_dx(dy: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
+    dy, w = dy.detach(), w.detach()
+    if _one_call(dy, backend, w.shape[1], w.shape[2]):
+        return F.grouped_mm(dy.contiguous(), w.to(dy.dtype), offs=_ends(counts))
+    dx, cast = dy.new_empty(dy.shape[0], w.shape[2]), _caster(w, dy.dtype)
+    for matrix, (dy_e, dx_e) in _busy(counts, dy, dx, matrices=w):
+        torch.mm(dy_e, matrix if cast is None else cast.copy_(matrix), out=dx_e)
+    return dx
+
+
+def _grouped_wgrad(
+    dy: Tensor, x: Tensor, counts: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    dy, x = dy.detach(), x.detach()
+    if _one_call(dy, backend, dy.shape[1], x.shape[1]):
+        dw = F.grouped_mm(dy.contiguous().t(), x.contiguous(), offs=_ends(counts))
+        # An empty segment is summed over nothing; no kernel promises to write those zeros.
+        return dw.masked_fill_((counts == 0)[:, None, None], 0).to(dtype)
+    dw = dy.new_empty(counts.shape[0], dy.shape[1], x.shape[1], dtype=dtype)
+    product = _caster(dw, dy.dtype)
+    sizes = counts.tolist()
+    for size, dw_e, dy_e, x_e in zip(
+        sizes, dw.unbind(0), dy.split(sizes), x.split(sizes), strict=True
+    ):
+        if not size:
+            dw_e.zero_()
+        elif product is None:
+            torch.mm(dy_e.t(), x_e, out=dw_e)
+        else:
+            dw_e.copy_(torch.mm(dy_e.t(), x_e, out=product))
+    return dw
+
+
+_ROWS_SCHEMA = "(Tensor rows, Tensor w, Tensor counts, str backend) -> Tensor"
+_library.define(f"grouped_mm{_ROWS_SCHEMA}")
+_library.define(f"grouped_mm_dx{_ROWS_SCHEMA}")
+_library.define(
+    "grouped_wgrad(Tensor dy, Tensor x, Tensor counts, ScalarType dtype, str backend) -> Tensor"
+)
+_library.impl("grouped_mm", _grouped_mm, "CompositeExplicitAutograd")
+_library.impl("grouped_mm_dx", _grouped_mm_dx, "CompositeExplicitAutograd")
+_library.impl("grouped_wgrad", _grouped_wgrad, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("moe_zoo::grouped_mm", lib=_library)
+def _(x: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1])
+
+
+@torch.library.register_fake("moe_zoo::grouped_mm_dx", lib=_library)
+def _(dy: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
+    return dy.new_empty(dy.shape[0], w.shape[2])
+
+
+@torch.library.register_fake("moe_zoo::grouped_wgrad", lib=_library)
+def _(dy: Tensor, x: Tensor, counts: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return dy.new_empty(counts.shape[0], dy.shape[1], x.shape[1], dtype=dtype)
+
+
+@register_flop_formula([torch.ops.moe_zoo.grouped_mm, torch.ops.moe_zoo.grouped_mm_dx])
+def _rows_flops(rows: torch.Size, w: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * rows[0] * w[1] * w[2]
+
+
+@register_flop_formula(torch.ops.moe_zoo.grouped_wgrad)
+def _wgrad_flops(dy: torch.Size, x: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * dy[0] * dy[1] * x[1]
