@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.grouped import grouped_linear, grouped_mm, grouped_mm_dgrad, grouped_wgrad
+from layers.grouped import grouped_linear, grouped_mm, grouped_mm_dx, grouped_wgrad
 from layers.names import check_positive
 from layers.precision.formats import quantize
 from layers.precision.leaf import Leaf
@@ -114,7 +114,7 @@ def expert_linear(x: Tensor, w: Tensor, counts: Tensor, p: LeafPrecision | None)
     """x: [N, in], rows sorted by expert; w: [E, out, in]; counts: [E]. Returns [N, out]."""
     if p is None or p.is_cast:
         dtype = x.dtype if p is None else p.dtype
-        return grouped_linear(x.to(dtype), w.to(dtype), counts)
+        return grouped_linear(x.to(dtype), w, counts)
     return _QuantizedExperts.apply(x, w, counts, p)
 
 
@@ -173,12 +173,12 @@ class _QuantizedExperts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dyq, dys = quantize(dy, p.dgrad_dy, axis=-1, dtype=p.dtype, ends=ends)
             wq, ws = quantize(w, p.dgrad_w, axis=-2, dtype=p.dtype)
-            dx = _scaled_rows(grouped_mm_dgrad(dyq, wq, counts), dys, ws, counts).to(x.dtype)
+            dx = _scaled_rows(grouped_mm_dx(dyq, wq, counts), dys, ws, counts).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dyq, dys = quantize(dy, p.wgrad_dy, axis=-2, dtype=p.dtype, ends=ends)
             xq, xs = quantize(x, p.wgrad_x, axis=-2, dtype=p.dtype, ends=ends)
             scales = [None if s is None else s[:, None, None] for s in (dys, xs)]
-            dw = _scaled(grouped_wgrad(dyq, xq, counts).to(w.dtype), *scales)
+            dw = _scaled(grouped_wgrad(dyq, xq, counts, w.dtype), *scales)
         return dx, dw, None, None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,6 +17,7 @@ class Entry:
     summary: str
     paper: str
     tiny: Mapping[str, Any]  # the smallest options worth testing
+    kind: Literal["ffn", "router"] = "ffn"
     width: str | None = None  # the field that `zoo.match` turns; None: it has no width of its own
     router: str | None = None  # default router by name; None: the variant routes nothing
     aliases: tuple[str, ...] = ()

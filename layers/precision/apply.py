@@ -89,7 +89,7 @@ def apply_policy(
     Args:
         module: any module; its parameters, names and dtypes stay as they are.
         policy: what to set.
-        where: glob over qualified leaf names, e.g. "blocks.*.ffn.*"; other leaves keep what they have.
+        where: glob over qualified leaf names, e.g. "blocks.*.ffn.*"; other leaves stay as they are.
         roles: role by parameter name, for parameters that no leaf owns.
         flops: matmul FLOPs per token by parameter name, for the report's shares.
 
@@ -104,7 +104,9 @@ def apply_policy(
     touched = {p: v for p, v in owned.items() if fnmatchcase(v[0], where)}
     if not touched:
         names = ", ".join(n for n, _ in owned.values()) or "none"
-        raise ValueError(f"where={where!r} matches no leaf, so nothing would change. Leaves: {names}")
+        raise ValueError(
+            f"where={where!r} matches no leaf, so nothing would change. Leaves: {names}"
+        )
     n_layers = 1 + max((b for n, _ in owned.values() if (b := _block(n)) is not None), default=-1)
     rows, choices = [], []
     for name, parameter in module.named_parameters():
@@ -145,8 +147,8 @@ def _refuse_misses(module: nn.Module, report: CoverageReport) -> None:
     ]
     if missed:
         raise ValueError(
-            f"precision {report.policy.name!r} is strict, but no leaf owns {', '.join(missed)}: build "
-            "them from layers.linear, or set strict to false"
+            f"precision {report.policy.name!r} is strict, but no leaf owns {', '.join(missed)}: "
+            "build them from layers.linear, or set strict to false"
         )
     used = {p.rule for p in report.parameters}
     for number, rule in enumerate(report.policy.rules):

@@ -1,9 +1,9 @@
 """Which operand of which matmul stands in which format: one frozen, serialisable policy.
 
-Roles come from the leaf that owns the weight, so a policy never names a variant and a variant never
-names a format. Six operands per leaf (precision.md section 10), with y[M, N] = x[M, K] w[N, K]^T:
-fprop multiplies x and w, dgrad multiplies dy and w, wgrad multiplies dy and x. Each is written along
-the axis that its matmul sums over; gradients pass straight through the rounding.
+Roles come from the leaf that owns the weight, so a policy never names a variant and a variant
+never names a format. Six operands a leaf (precision.md 10), with y[M, N] = x[M, K] w[N, K]^T:
+fprop multiplies x and w, dgrad multiplies dy and w, wgrad multiplies dy and x. Each is written
+along the axis that its matmul sums over; gradients pass straight through the rounding.
 """
 
 from dataclasses import dataclass, fields
@@ -147,7 +147,11 @@ def layer_range(selector: str, n_layers: int) -> range:
             bounds = [int(part) if part else None for part in text.split(":")]
             return range(n_layers)[slice(*bounds)]
         index = int(text)
-        return range(n_layers)[index:][:1] if index >= 0 else range(n_layers)[index : index + 1 or None]
+        return (
+            range(n_layers)[index:][:1]
+            if index >= 0
+            else range(n_layers)[index : index + 1 or None]
+        )
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"layers selector {selector!r} is none of: an index '0', a slice '-2:' or '::2', "
@@ -217,6 +221,11 @@ def _preset(name: str, default: LeafPrecision, high: str) -> PrecisionPolicy:
     )
 
 
+def _mxfp4() -> LeafPrecision:
+    """Scales rounded up, which never clip (precision.md 3 and 11.5)."""
+    return LeafPrecision.of({"all": {"format": "mxfp4", "scale_rule": "rceil"}})
+
+
 def _nvfp4() -> LeafPrecision:
     """Weights in 16 x 16 tiles, so that fprop and dgrad see the same numbers (2509.25149)."""
     tiled = QSpec(format="nvfp4", tile="2d")
@@ -226,9 +235,6 @@ def _nvfp4() -> LeafPrecision:
 PRESETS = {
     "fp32": _preset("fp32", LeafPrecision.of("fp32"), "fp32"),
     "bf16": _preset("bf16", LeafPrecision.of("bf16"), "bf16"),
-    # rounded-up scales never clip (precision.md 11.5)
-    "mxfp4": _preset("mxfp4", LeafPrecision.of({"all": {"format": "mxfp4", "scale_rule": "rceil"}}), "bf16"),
+    "mxfp4": _preset("mxfp4", _mxfp4(), "bf16"),
     "nvfp4": _preset("nvfp4", _nvfp4(), "bf16"),
 }  # fmt: skip
-
-

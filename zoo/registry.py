@@ -1,0 +1,206 @@
+"""From a name to a checked config, from a config to a module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import nn
+
+from layers.base import Cost
+from layers.names import unknown
+from layers.precision import PrecisionPolicy
+from zoo.accounting import stored
+from zoo.catalogue import FFNS, ROUTERS
+from zoo.entry import Entry
+from zoo.options import construct, field_names
+from zoo.precision import policy_of, set_precision
+
+ENTRY_POINTS = "moe_zoo.entries"  # other packages' rows: an Entry, or an iterable of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A name with every option settled: what `create` builds and `cost` counts."""
+
+    entry: Entry
+    config: Any
+    router_entry: Entry | None = None
+    router_config: Any = None
+
+    def build(self) -> nn.Module:
+        """A new module with freshly drawn weights."""
+        if self.router_entry is None:
+            return self.entry.module(self.config)
+        return self.entry.module(self.config, self.router_entry.module(self.router_config))
+
+    def cost(self, **measured: float) -> Cost:
+        """Cost of the layer with its router, storage at 16 bits; see `Cost`.
+
+        Args:
+            measured: what a run measured in place of the designed value, where the variant's
+                config takes it (`assignments`: FFN assignments per token).
+        """
+        cost = self.config.cost(**measured)
+        if self.router_config is not None:
+            cost = cost + self.router_config.cost().within("router.")
+        return cost
+
+
+def _table(rows: tuple[Entry, ...], kind: str) -> dict[str, Entry]:
+    """Rows by name and alias; a clash is an error."""
+    table: dict[str, Entry] = {}
+    for row in rows:
+        for name in (row.name, *row.aliases):
+            if name in table:
+                raise ValueError(f"two {kind}s are named {name!r}: rename one")
+            table[name] = row
+    return table
+
+
+@cache
+def _plugins() -> tuple[Entry, ...]:
+    """Rows that other installed packages add."""
+    found: list[Entry] = []
+    for point in entry_points(group=ENTRY_POINTS):
+        loaded = point.load()
+        found.extend([loaded] if isinstance(loaded, Entry) else loaded)
+    return tuple(found)
+
+
+def entries(kind: str = "ffn") -> dict[str, Entry]:
+    """Every row of a kind ("ffn" or "router") by name and alias, other packages' included."""
+    own = {"ffn": FFNS, "router": ROUTERS}
+    if kind not in own:
+        raise unknown("kind of entry", kind, own)
+    return _table(own[kind] + tuple(e for e in _plugins() if e.kind == kind), f"{kind} entry")
+
+
+def find(name: str, kind: str = "ffn") -> Entry:
+    """The row of that name or alias.
+
+    Raises:
+        ValueError: when there is none; names the nearest.
+    """
+    own = _table({"ffn": FFNS, "router": ROUTERS}[kind], f"{kind} entry")
+    if name in own:
+        return own[name]
+    table = entries(kind)
+    if name not in table:
+        raise unknown({"ffn": "FFN variant", "router": "router"}[kind], name, table)
+    return table[name]
+
+
+def names(pattern: str = "*", kind: str = "ffn") -> list[str]:
+    """Names (not aliases) of the FFN variants, or routers, that match a glob."""
+    rows = {entry.name for entry in entries(kind).values()}
+    return sorted(name for name in rows if fnmatchcase(name, pattern))
+
+
+def resolve(
+    name: str,
+    *,
+    preset: str | None = None,
+    router: str | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Choice:
+    """Settle every option of a variant.
+
+    Args:
+        name: a row of the catalogue, or an alias.
+        preset: a named set of options of that row; options given here win over it.
+        router: another router by name, or a mapping with `name` and its options.
+        options: fields of the variant's config or of its router's; one that both have goes to both.
+
+    Raises:
+        ValueError: for an unknown name, preset or option, a missing or impossible value.
+    """
+    entry = find(name)
+    options = dict(_preset(entry, preset)) | options
+    router_entry, router_options = _router(entry, router)
+    known = field_names(entry.config)
+    router_known = field_names(router_entry.config) if router_entry else []
+    for option in options:
+        if option not in known and option not in router_known:
+            raise unknown(f"option of {entry.name}", option, {*known, *router_known})
+    config = construct(entry, {k: v for k, v in options.items() if k in known})
+    if router_entry is None:
+        return Choice(entry=entry, config=config)
+    shared = {k: getattr(config, k) for k in router_known if k in known}
+    flat = {k: v for k, v in options.items() if k in router_known and k not in known}
+    for option, value in router_options.items():
+        if option not in router_known:
+            raise unknown(f"option of router {router_entry.name}", option, router_known)
+        if option in shared and shared[option] != value:
+            raise ValueError(
+                f"router option {option}={value} contradicts {entry.name}'s {option}="
+                f"{shared[option]}: give it once, beside the variant's name"
+            )
+    router_config = construct(router_entry, {**shared, **flat, **router_options})
+    return Choice(
+        entry=entry, config=config, router_entry=router_entry, router_config=router_config
+    )
+
+
+def _preset(entry: Entry, preset: str | None) -> Mapping[str, Any]:
+    if preset is None:
+        return {}
+    if preset not in entry.presets:
+        raise unknown(f"preset of {entry.name}", preset, entry.presets)
+    return entry.presets[preset]
+
+
+def _router(
+    entry: Entry, router: str | Mapping[str, Any] | None
+) -> tuple[Entry | None, dict[str, Any]]:
+    if entry.router is None:
+        if router is not None:
+            raise ValueError(f"{entry.name} routes nothing, so it takes no router, got {router!r}")
+        return None, {}
+    if router is None:
+        return find(entry.router, "router"), {}
+    if isinstance(router, str):
+        return find(router, "router"), {}
+    if "name" not in router:
+        raise ValueError(f"router needs 'name', got {dict(router)}")
+    return find(router["name"], "router"), {k: v for k, v in router.items() if k != "name"}
+
+
+def create(
+    name: str,
+    *,
+    preset: str | None = None,
+    router: str | Mapping[str, Any] | None = None,
+    precision: str | Mapping[str, Any] | PrecisionPolicy | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a variant by name: `zoo.create("moe_plus_plus", d_model=512)`.
+
+    Called as `ffn(x, carry=None, mask=None)` with x: [B, S, D]; returns `layers.base.FFNOutput`.
+
+    Args:
+        name, preset, router, options: as in `resolve`.
+        precision: a preset's name or a policy; None computes in the dtype of the input.
+    """
+    module = resolve(name, preset=preset, router=router, **options).build()
+    if precision is not None:
+        set_precision(module, precision)
+    return module
+
+
+def cost(
+    name: str,
+    *,
+    preset: str | None = None,
+    router: str | Mapping[str, Any] | None = None,
+    precision: str | Mapping[str, Any] | PrecisionPolicy = "bf16",
+    **options: Any,
+) -> Cost:
+    """What one token costs in a variant, router included, without building it.
+
+    `precision` decides the bytes that a weight takes in store; FLOPs do not depend on it.
+    """
+    choice = resolve(name, preset=preset, router=router, **options)
+    return stored(choice.cost(), policy_of(precision))
