@@ -1,0 +1,143 @@
+"""The precision policy: what matches, what is reported, what is refused, what YAML can hold."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from torch import nn
+
+import zoo
+from layers.linear import Linear
+from layers.precision import PRESETS, LeafPrecision, PrecisionPolicy, Rule, apply_policy
+from layers.precision.policy import OPERANDS, layer_range
+
+
+class Blocks(nn.Module):
+    """Four blocks of two leaves, and a head: the shape of a model, without one."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": Linear(8, 8, role="ffn"), "qkv": Linear(8, 8, role="attention")})
+            for _ in range(4)
+        )
+        self.head = Linear(8, 8, role="head")
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_round_trip_through_yaml_and_json(name):
+    policy = PRESETS[name]
+    text = OmegaConf.to_yaml(OmegaConf.create(policy.to_plain()))
+    again = PrecisionPolicy.of(OmegaConf.to_container(OmegaConf.create(text)))
+    assert again == policy
+    assert PrecisionPolicy.of(json.loads(json.dumps(policy.to_plain()))) == policy
+
+
+def test_six_operands_round_trip():
+    leaf = LeafPrecision.of({"all": "mxfp4", "dgrad_dy": "bf16", "compute": "fp32"})
+    assert leaf.dgrad_dy.format == "bf16"
+    assert {getattr(leaf, o).format for o in OPERANDS} == {"bf16", "mxfp4"}
+    assert LeafPrecision.of(leaf.to_plain()) == leaf
+
+
+def test_head_stays_high_and_the_rest_is_low():
+    report = apply_policy(Blocks(), PRESETS["mxfp4"])
+    assert {p.name: p.format for p in report.parameters}["head.weight"] == "bf16"
+    assert report.weight_share() == pytest.approx({"mxfp4": 8 / 9, "bf16": 1 / 9})
+    assert not report.untouched
+
+
+def test_the_first_rule_that_matches_wins():
+    policy = PrecisionPolicy.of({
+        "default": "mxfp4",
+        "rules": [
+            {"layers": "-1:", "use": "bf16"},
+            {"roles": "attention", "name": "blocks.0.*", "use": "fp32"},
+            {"roles": ["attention", "head"], "use": "nvfp4"},
+        ],
+    })  # fmt: skip
+    report = apply_policy(Blocks(), policy)
+    got = {p.name: (p.format, p.rule) for p in report.parameters}
+    assert got["blocks.3.up.weight"] == ("bf16", 0)
+    assert got["blocks.0.qkv.weight"] == ("fp32", 1)
+    assert got["blocks.1.qkv.weight"] == ("nvfp4", 2)
+    assert got["head.weight"] == ("nvfp4", 2)
+    assert got["blocks.0.up.weight"] == ("mxfp4", None)
+
+
+@pytest.mark.parametrize(
+    ("selector", "wanted"),
+    [("0", [0]), ("-1", [9]), ("-2:", [8, 9]), ("::4", [0, 4, 8]), ("last 15%", [8, 9]),
+     ("first 20%", [0, 1]), ("12", [])],
+)  # fmt: skip
+def test_layer_selectors(selector, wanted):
+    assert list(layer_range(selector, 10)) == wanted
+
+
+@pytest.mark.parametrize("selector", ["middle", "last x%", "1:2:3:4", "15%", "middle 10%"])
+def test_a_wrong_layer_selector_is_refused(selector):
+    with pytest.raises(ValueError, match="layers selector"):
+        layer_range(selector, 10)
+
+
+def test_where_touches_only_what_it_names():
+    model = Blocks()
+    report = apply_policy(model, PRESETS["nvfp4"], where="blocks.1.*")
+    assert report.changed == ("blocks.1.up.weight", "blocks.1.qkv.weight")
+    assert model.blocks[0]["up"].precision is None
+
+
+def test_where_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"matches no leaf.*blocks\.0\.up"):
+        apply_policy(Blocks(), PRESETS["nvfp4"], where="layers.*")
+
+
+def test_strict_refuses_a_matrix_that_no_leaf_owns():
+    model = Blocks()
+    model.stray = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"no leaf owns stray\.weight"):
+        apply_policy(model, PRESETS["nvfp4"])
+    assert model.head.precision is None  # refused before anything was set
+    lax = PrecisionPolicy(name="lax", default=PRESETS["nvfp4"].default, strict=False)
+    assert "stray.weight" in apply_policy(model, lax).untouched
+
+
+def test_strict_refuses_a_rule_that_matches_nothing():
+    rule = Rule(use=PRESETS["bf16"].default, name="block.*")
+    policy = PrecisionPolicy(name="typo", default=PRESETS["nvfp4"].default, rules=(rule,))
+    with pytest.raises(ValueError, match="rule 0.*matches no leaf"):
+        apply_policy(Blocks(), policy)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nvfp5", "unknown precision 'nvfp5'. Did you mean 'nvfp4'"),
+        (3, "must be a preset's name or a mapping"),
+        ({"rules": []}, "needs 'default'"),
+        ({"default": "mxfp5"}, "Did you mean 'mxfp4'"),
+        ({"default": {"fprop_x": "mxfp4"}}, "lacks fprop_w"),
+        ({"default": {"all": "mxfp4", "fprop_y": "bf16"}}, "Did you mean 'fprop_"),
+        ({"default": {"all": {"format": "mxfp4", "scale_rule": "flor"}}}, "Did you mean 'floor'"),
+        ({"default": {"all": {"format": "mxfp4", "rule": "floor"}}}, "rule"),
+        ({"default": "mxfp4", "rules": [{"use": "bf16", "role": "head"}]}, "Did you mean 'roles'"),
+        ({"default": "mxfp4", "rules": [{"roles": "head"}]}, "needs 'use'"),
+        ({"default": "mxfp4", "colour": 1}, "field of a precision policy"),
+        ({"default": {"all": "mxfp4", "compute": "fp8"}}, "compute dtype"),
+    ],
+)  # fmt: skip
+def test_wrong_policies_are_refused_at_the_door(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        PrecisionPolicy.of(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_flops_and_weights_are_reported_for_a_variant():
+    ffn = zoo.create("moe", d_model=32, n_experts=4)
+    report = zoo.set_precision(ffn, "nvfp4")
+    rows = {p.name: p for p in report.parameters}
+    assert rows["router.gate.weight"].format == "untouched"
+    assert rows["router.gate.weight"].role == "router"
+    assert rows["gate_up.weight"].format == "nvfp4"
+    assert sum(p.params for p in report.parameters) == sum(p.numel() for p in ffn.parameters())
+    assert "gate_up.weight" in str(report)
