@@ -1,0 +1,241 @@
+"""A decoder-only language model whose FFNs come from the catalogue, layer by layer."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from layers.base import Cost, WeightCost, total
+from layers.linear import Linear
+from layers.names import check_positive
+from zoo.attention import Attention, rope_tables
+from zoo.block import Block, BlockOutput, Branch, Context
+from zoo.cache import KVCache
+from zoo.model_config import ModelConfig
+from zoo.norm import RMSNorm
+from zoo.precision import set_precision
+from zoo.pretrained import Pretrained
+from zoo.registry import Choice
+
+__all__ = ["LanguageModel", "ModelConfig", "ModelOutput", "build", "model_cost"]
+
+
+class ModelOutput(NamedTuple):
+    """What one forward gives."""
+
+    logits: Tensor  # [B, S, V], in the head's dtype; of no meaning where the mask is False
+    losses: dict[str, Tensor]  # scalars: mean over the layers that report each, so 1.0 stays even
+    stats: list[dict[str, Tensor]]  # one per layer, empty where it reports none
+    cache: KVCache | None  # the one given, now with these tokens
+
+
+class LanguageModel(nn.Module, Pretrained):
+    """logits = head(norm(blocks(embedding(tokens)))), each block x + attention, then x + FFN.
+
+    The residual stream keeps the embedding's dtype (float32) or wider; leaves under a precision
+    may return bfloat16, and the sum promotes. The last router logits so far (`carry`) go from
+    block to block.
+    """
+
+    config_class = ModelConfig
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        self.activation_checkpointing = False  # recompute each block in the backward pass
+        self.embedding = nn.Embedding(c.vocab_size, c.d_model)
+        self.blocks = nn.ModuleList(_block(c, choice) for choice in c.layers())
+        self.norm = RMSNorm(c.d_model, c.norm_eps)
+        self.head = Linear(c.d_model, c.vocab_size, role="head")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw embedding and head anew (and tie them); every other module draws its own."""
+        weight = self.embedding.weight
+        assert isinstance(weight, nn.Parameter)
+        nn.init.normal_(weight, std=self.config.init_std)
+        if self.config.tie_embeddings:
+            self.head.weight = weight
+        else:
+            nn.init.normal_(self.head.weight, std=self.config.init_std)
+
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> ModelOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: [B, S] int64.
+            mask: [B, S] bool, True where a token is real; padding may stand left or right. It
+                changes no real token's logits, no loss and no count.
+            cache: from `new_cache`; tokens are then the newest, after those that it holds. Only
+                without gradients.
+
+        Raises:
+            ValueError: for a wrong shape, or more tokens than `max_seq_len` or the cache hold.
+        """
+        start = 0 if cache is None else cache.length
+        self._check(tokens, mask, cache)
+        seen = mask if cache is None else cache.append_mask(mask, *tokens.shape)
+        x = self.embedding(tokens)
+        context = Context(
+            rope=rope_tables(
+                start,
+                tokens.shape[1],
+                self.config.attention.d_head,
+                self.config.rope_base,
+                x.device,
+            ),
+            mask=mask,
+            attention_mask=_attention_mask(seen, start, tokens.shape[1], x.device),
+        )
+        outputs: list[BlockOutput] = []
+        carry = None
+        for i, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layers[i]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                out = checkpoint(block, x, carry, context, use_reentrant=False)
+            else:
+                out = block(x, carry, context, layer_cache)
+            assert isinstance(out, BlockOutput)
+            x, carry = out.x, out.carry
+            outputs.append(out)
+        logits = self.head(self.norm(x))
+        return ModelOutput(
+            logits, _mean(out.losses for out in outputs), [out.stats for out in outputs], cache
+        )
+
+    def new_cache(self, max_tokens: int | None = None) -> KVCache:
+        """An empty cache with room for `max_tokens`, by default `max_seq_len`."""
+        return KVCache(self.config.n_layers, max_tokens or self.config.max_seq_len)
+
+    def cost(self, seq_len: int | None = None, *, causal: bool = True) -> Cost:
+        """`model_cost` of this model, at `max_seq_len` unless told."""
+        return model_cost(self.config, seq_len or self.config.max_seq_len, causal=causal)
+
+    def _check(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> None:
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [B, S], got {list(tokens.shape)}")
+        if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be bool {list(tokens.shape)} like tokens, "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+        held, room = 0, self.config.max_seq_len
+        if cache is not None:
+            held, room = cache.length, min(room, cache.max_tokens)
+            if torch.is_grad_enabled():
+                raise ValueError("a cache is for decoding: call the model under torch.no_grad()")
+        if held + tokens.shape[1] > room:
+            raise ValueError(
+                f"{held + tokens.shape[1]} tokens are more than the {room} that "
+                f"max_seq_len={self.config.max_seq_len} and the cache allow"
+            )
+
+
+def _block(config: ModelConfig, choice: Choice) -> Block:
+    """The block of one layer: pre-norm attention, then the layer's FFN."""
+    attention_norm, ffn_norm = (RMSNorm(config.d_model, config.norm_eps) for _ in range(2))
+    return Block(
+        [
+            Branch("attention", Attention(config.attention), attention_norm, mixes=True),
+            Branch("ffn", choice.build(), None if choice.entry.own_norm else ffn_norm),
+        ]
+    )
+
+
+def _attention_mask(
+    mask: Tensor | None, start: int, length: int, device: torch.device
+) -> Tensor | None:
+    """[B or 1, 1, S, P] bool for queries `start`, `start + 1`, ...; None where none is needed.
+
+    mask: [B, P], True where a token is real. Padding reads itself, so that no row is empty: its
+    numbers stay finite, and no real token reads them.
+    """
+    if mask is None and (start == 0 or length == 1):
+        return None
+    queries = torch.arange(start, start + length, device=device)[:, None]  # [S, 1]
+    keys = torch.arange(start + length, device=device)  # [P]
+    if mask is None:
+        return (keys <= queries)[None, None]
+    return ((keys <= queries) & mask[:, None, None, :]) | (keys == queries)
+
+
+def _mean(reports: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each loss, meaned over the layers that report it."""
+    found: dict[str, list[Tensor]] = {}
+    for report in reports:
+        for name, loss in report.items():
+            found.setdefault(name, []).append(loss)
+    return {name: torch.stack(losses).mean() for name, losses in found.items()}
+
+
+def model_cost(config: ModelConfig, seq_len: int, *, causal: bool = True) -> Cost:
+    """What one token costs, mean over a sequence of `seq_len`; storage at 16 bits, norms at 32.
+
+    One item per parameter, named as in `named_parameters()`, and one without parameters per
+    layer's attention scores. A tied head is an item without parameters of its own, so its FLOPs
+    count and its numbers do not count twice.
+
+    Args:
+        config: the model; nothing is built.
+        seq_len: tokens of a sequence.
+        causal: True: scores of the (T + 1) / 2 keys that a token sees on average, exact. False:
+            of all T keys, the usual convention, and what an unfused attention really multiplies.
+    """
+    check_positive(seq_len=seq_len)
+    c, d = config, config.d_model
+    table = c.vocab_size * d
+    # a tied table is read whole by the head; an untied one row by row
+    rows = (1, 1.0) if c.tie_embeddings else (c.vocab_size, 1.0)
+    norm = Cost(
+        (WeightCost(name="norm.weight", role="norm", params=d, other_flops=4 * d, bits=32),)
+    )
+    parts = [
+        Cost(
+            (
+                WeightCost(
+                    name="embedding.weight", role="embedding", params=table, units=rows[0],
+                    active_units=rows[1],
+                ),
+            )
+        )
+    ]  # fmt: skip
+    for i, choice in enumerate(c.layers()):
+        block = f"blocks.{i}."
+        parts.append(c.attention.cost(seq_len, causal=causal).within(f"{block}attention.", layer=i))
+        parts.append(norm.within(f"{block}attention_", layer=i))
+        parts.append(choice.cost().within(f"{block}ffn.", layer=i))
+        if not choice.entry.own_norm:
+            parts.append(norm.within(f"{block}ffn_", layer=i))
+    head = WeightCost(
+        name="head.weight", role="head", params=0 if c.tie_embeddings else table, flops=2 * table
+    )
+    return total([*parts, norm, Cost((head,))])
+
+
+def build(config: Any, precision: Any = None) -> LanguageModel:
+    """A language model from a recipe or a model config, with the recipe's precision.
+
+    Args:
+        config: a `ModelConfig`, a recipe (anything with `model` and `precision`), or the same as
+            plain mappings.
+        precision: in place of the recipe's; None without a recipe computes in float32.
+    """
+    if isinstance(config, Mapping):
+        recipe = config if "model" in config else {"model": config}
+        config, of_recipe = recipe["model"], recipe.get("precision")
+    else:
+        of_recipe = getattr(config, "precision", None)
+        config = getattr(config, "model", config)
+    if isinstance(config, Mapping):
+        config = ModelConfig.of(config)
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"build takes a recipe or a ModelConfig, got {type(config).__name__}")
+    model = LanguageModel(config)
+    precision = of_recipe if precision is None else precision
+    if precision is not None:
+        set_precision(model, precision)
+    return model

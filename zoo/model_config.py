@@ -1,0 +1,111 @@
+"""The shape of a language model: plain values, and the settled layers that they mean."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from layers.names import check_positive, unknown
+from zoo.attention import AttentionConfig
+from zoo.plan import MISSING, LayerChoice, check_router, layer_choices
+from zoo.registry import Choice, find, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a language model; plain values only, so that a recipe holds it."""
+
+    vocab_size: int = 256
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    d_head: int | None = None  # None: d_model / n_heads
+    max_seq_len: int = 1024  # tokens; the longest input, cache included
+    rope_base: float = 10000.0
+    qk_norm: bool = False
+    tie_embeddings: bool = True  # the head reads the embedding's weight
+    norm_eps: float = 1e-6
+    init_std: float = 0.02  # of embedding, head and attention; FFNs draw their own
+    ffn: Any = MISSING  # see zoo.plan
+    router: Any = None  # in place of the default router of every layer that routes
+
+    def __post_init__(self) -> None:
+        check_positive(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            max_seq_len=self.max_seq_len,
+            rope_base=self.rope_base,
+            norm_eps=self.norm_eps,
+            init_std=self.init_std,
+        )
+        if self.d_head is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model must be a multiple of n_heads={self.n_heads}, got {self.d_model}: "
+                "change one, or give d_head"
+            )
+        _ = self.attention  # its own checks
+        check_router(self.router, "router")
+        if self.ffn != MISSING:
+            layer_choices(self.ffn, self.n_layers)
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """What each layer's attention is built from.
+
+        The matrix that writes into the residual stream starts smaller by 1 / sqrt(2 n_layers), so
+        that the stream's variance does not grow with depth (GPT-2). FFNs draw their own weights.
+        """
+        return AttentionConfig(
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_heads if self.n_kv_heads is None else self.n_kv_heads,
+            d_head=self.d_model // self.n_heads if self.d_head is None else self.d_head,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+            init_std=self.init_std,
+            out_std=self.init_std / (2 * self.n_layers) ** 0.5,
+        )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "ModelConfig":
+        """From a mapping of fields; an unknown one is an error with the nearest name."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise unknown("model option", name, known)
+        return cls(**given)
+
+    def layers(self) -> tuple[Choice, ...]:
+        """Each layer's FFN with every option settled.
+
+        A router whose config has `d_carry` is told how many logits the last routing layer before
+        it hands on, or None if there is none.
+        """
+        choices: list[Choice] = []
+        d_carry = None
+        for i, layer in enumerate(layer_choices(self.ffn, self.n_layers)):
+            try:
+                choice = self._settle(layer, d_carry)
+            except ValueError as error:
+                raise ValueError(f"layer {i}: {error}") from None
+            choices.append(choice)
+            d_carry = _n_logits(choice) or d_carry
+        return tuple(choices)
+
+    def _settle(self, layer: LayerChoice, d_carry: int | None) -> Choice:
+        if "d_model" in layer.options:
+            raise ValueError("d_model is the model's: leave it out of ffn")
+        default = self.router if find(layer.ffn).router is not None else None
+        router = default if layer.router is None else layer.router
+        choice = resolve(layer.ffn, router=router, d_model=self.d_model, **layer.options)
+        if hasattr(choice.router_config, "d_carry"):
+            return replace(choice, router_config=replace(choice.router_config, d_carry=d_carry))
+        return choice
+
+
+def _n_logits(choice: Choice) -> int | None:
+    """Logits per token that a layer hands on; None where it routes nothing."""
+    config = choice.router_config
+    return None if config is None else getattr(config, "n_logits", None) or config.n_experts
