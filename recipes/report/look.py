@@ -1,0 +1,70 @@
+"""One colour per variant, one dash and marker per precision, the same in every figure.
+
+The colours are of middle lightness, so that they can be read on white and on near-black.
+"""
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BASELINE_COLOUR = "#7d8896"  # a quiet grey: what the others are measured against
+COLOURS = (
+    "#3d7fe0",  # blue
+    "#e0762b",  # orange
+    "#2b9f70",  # green
+    "#9a62d8",  # violet
+    "#d8446c",  # crimson
+    "#139fb5",  # cyan
+    "#bf9410",  # gold
+    "#d263b3",  # pink
+    "#7c9b2a",  # olive
+    "#a5694a",  # brown
+    "#5a61d9",  # indigo
+)
+ROLE_COLOURS = {
+    "attention": "#6d8fb3",
+    "ffn": "#c98f5a",
+    "expert": "#d9ab6c",
+    "router": "#b5607c",
+    "embedding": "#8f9a8b",
+    "head": "#6f9f93",
+    "norm": "#b0b4ba",
+    "constant": "#9d86b8",
+}
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MARKERS = ("circle", "diamond-open", "square", "triangle-up-open", "cross", "star-open")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Looks by name."""
+
+    colours: dict[str, str]  # variant: #rrggbb
+    dashes: dict[str, str]  # precision: plotly dash
+    markers: dict[str, str]  # precision: plotly symbol
+
+
+def look_of(variants: Sequence[str], precisions: Sequence[str], baseline: str) -> Look:
+    """A look for every name, in the order given; the baseline variant is grey."""
+    others = [v for v in variants if v != baseline]
+    colours = {v: colour(i) for i, v in enumerate(others)}
+    colours[baseline] = BASELINE_COLOUR
+    return Look(
+        colours=colours,
+        dashes={p: DASHES[i % len(DASHES)] for i, p in enumerate(precisions)},
+        markers={p: MARKERS[i % len(MARKERS)] for i, p in enumerate(precisions)},
+    )
+
+
+def colour(i: int) -> str:
+    """The i-th accent; beyond the table hues at the golden angle, which never repeat."""
+    if i < len(COLOURS):
+        return COLOURS[i]
+    hue = (0.08 + 0.381966 * i) % 1
+    r, g, b = colorsys.hls_to_rgb(hue, 0.5, 0.45 + 0.15 * (i % 3))
+    return f"#{round(255 * r):02x}{round(255 * g):02x}{round(255 * b):02x}"
+
+
+def role_colour(role: str, i: int) -> str:
+    """The colour of a module role; roles that are not in the table take the next accents."""
+    return ROLE_COLOURS.get(role) or colour(i)

@@ -1,0 +1,148 @@
+"""Results with everything that is derived from them once: groups, noise, verdicts, looks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, isfinite, log10
+from statistics import fmean
+
+from recipes.report.look import Look, look_of
+from recipes.report.noise import Difference, Seeds, Spread, compare, correct, spread_of
+from recipes.report.records import Results, Run
+
+BYTES_AT = ("1", "16", "256", "4096")  # tokens processed together
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one variant in one precision: they differ in their seed alone."""
+
+    variant: str
+    precision: str
+    runs: tuple[Run, ...]  # by seed
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells groups apart."""
+        return self.variant, self.precision
+
+    @property
+    def label(self) -> str:
+        """For a reader."""
+        return f"{self.variant} · {self.precision}"
+
+    @property
+    def first(self) -> Run:
+        """The run with the lowest seed; costs are the same for all."""
+        return self.runs[0]
+
+    @cached_property
+    def seeds(self) -> Seeds:
+        """Bits per byte by seed."""
+        return {run.seed: run.final.bpb for run in self.runs}
+
+    @property
+    def bpb(self) -> float:
+        """Mean bits per byte."""
+        return fmean(self.seeds.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Mean over the seeds of each run's median."""
+        return fmean(run.speed.tokens_per_s for run in self.runs)
+
+    @property
+    def train_s(self) -> float:
+        """Mean seconds of training."""
+        return fmean(run.speed.train_s for run in self.runs)
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """The largest of the runs that measured it."""
+        measured = [m for r in self.runs if (m := r.speed.peak_memory_bytes) is not None]
+        return max(measured, default=None)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every section of the report reads."""
+
+    results: Results
+    variants: tuple[str, ...]
+    precisions: tuple[str, ...]
+    groups: tuple[Group, ...]
+    baseline: Group
+    noise: Spread | None  # of one run, from the baseline's seeds
+    verdicts: dict[tuple[str, str], Difference]  # by group, the baseline left out
+    reference: str  # the precision that gaps are taken to
+    gaps: dict[tuple[str, str], Difference]  # by group, the reference precision left out
+    look: Look
+
+    def half(self, group: Group) -> float | None:
+        """Half width of the 95 % interval of a group's mean; None where the noise is unknown."""
+        if self.noise is None or not isfinite(group.bpb):
+            return None
+        spread = spread_of(self.baseline.seeds, *self._own(group)) or self.noise
+        return spread.half(1 / len(group.runs))
+
+    def _own(self, group: Group) -> list[Seeds]:
+        return [] if group is self.baseline else [group.seeds]
+
+    @property
+    def digits(self) -> int:
+        """Decimals of bits per byte: down to a tenth of the noise."""
+        std = self.noise.std if self.noise else 1e-3
+        return min(6, max(3, ceil(-log10(std)) + 1))
+
+    def moe_groups(self) -> list[Group]:
+        """Groups whose first run recorded expert load."""
+        return [g for g in self.groups if g.first.load]
+
+
+def study(results: Results) -> Study:
+    """Group, judge and colour the runs."""
+    c, base = results.comparison, results.baseline
+    variants = _ordered(c.variants if c else (), (r.variant for r in results.runs))
+    precisions = _ordered((base.precision,), (r.precision for r in results.runs))
+    groups = _groups(results, variants, precisions)
+    by_key = {g.key: g for g in groups}
+    baseline = by_key[base.variant, base.precision]
+    others = [g for g in groups if g is not baseline]
+    judged = correct([compare(g.seeds, baseline.seeds, baseline.seeds) for g in others])
+    reference = "bf16" if "bf16" in precisions else base.precision
+    lower = [g for g in groups if g.precision != reference and (g.variant, reference) in by_key]
+    gaps = correct(
+        [compare(g.seeds, by_key[g.variant, reference].seeds, baseline.seeds) for g in lower]
+    )
+    return Study(
+        results=results,
+        variants=variants,
+        precisions=precisions,
+        groups=groups,
+        baseline=baseline,
+        noise=spread_of(baseline.seeds),
+        verdicts=dict(zip((g.key for g in others), judged, strict=True)),
+        reference=reference,
+        gaps=dict(zip((g.key for g in lower), gaps, strict=True)),
+        look=look_of(variants, precisions, base.variant),
+    )
+
+
+def _ordered(declared: Iterable[str], found: Iterable[str]) -> tuple[str, ...]:
+    """Names that have runs: those declared first, then the rest as they come."""
+    present = dict.fromkeys(found)
+    first = [name for name in declared if name in present]
+    return tuple(dict.fromkeys([*first, *present]))
+
+
+def _groups(
+    results: Results, variants: tuple[str, ...], precisions: tuple[str, ...]
+) -> tuple[Group, ...]:
+    groups = []
+    for variant in variants:
+        for precision in precisions:
+            runs = [r for r in results.runs if (r.variant, r.precision) == (variant, precision)]
+            if runs:
+                runs.sort(key=lambda r: r.seed)
+                groups.append(Group(variant, precision, tuple(runs)))
+    return tuple(groups)

@@ -1,0 +1,193 @@
+"""The sortable table of variants, the list of all runs, and tables drawn as heat maps."""
+
+from math import isfinite
+
+from recipes.report import text
+from recipes.report.headline import chip, name
+from recipes.report.study import BYTES_AT, Group, Study
+from recipes.report.text import Markup, el, join
+
+NUMBER = "num"
+
+
+def main_table(study: Study) -> Markup:
+    """One row per variant and precision; a click on a head sorts, raw values lie in data-value."""
+    at = [
+        n for n in BYTES_AT if any(n in g.first.cost.weight_bytes_per_token for g in study.groups)
+    ]
+    heads = [
+        _head("Variant", False),
+        _head("Bits per byte", title="mean over the seeds, held-out; ± half of its 95 % interval"),
+        _head("Verdict", False, title="against the baseline"),
+        _head("Parameters", title="every trainable number"),
+        _head("Active", title="parameters that one token touches"),
+        _head("FLOPs/token", title="matmuls, forward"),
+        *(_head("Bytes/token", title=f"weight bytes read per token, {n} at once", n=n) for n in at),
+        _head("Tokens/s", title="median while training, mean over the seeds"),
+        _head("Time", title="training alone, mean over the seeds"),
+        _head("Memory", title="peak while training"),
+    ]
+    rows = [_row(study, g, at) for g in study.groups]
+    table = el(
+        "table",
+        el("thead", el("tr", *heads)),
+        el("tbody", *rows),
+        class_="sortable",
+        data_n=at[0] if at else None,
+    )
+    return join(_bytes_toggle(at), el("div", table, class_="scroll"))
+
+
+def _bytes_toggle(at: list[str]) -> Markup | None:
+    if len(at) < 2:
+        return None
+    buttons = (el("button", n, type="button", data_n=n, aria_pressed="false") for n in at)
+    return el(
+        "div",
+        el("span", "Weight bytes per token, tokens at once:", class_="quiet"),
+        el("div", *buttons, class_="tabs"),
+        class_="controls",
+        data_controls="bytes",
+    )
+
+
+def _head(
+    label: str, number: bool = True, title: str | None = None, n: str | None = None
+) -> Markup:
+    classes = " ".join(filter(None, (NUMBER if number else "", "at" if n else "")))
+    button = el("button", label, type="button", title=title)
+    return el("th", button, class_=classes or None, data_at=n, aria_sort="none", scope="col")
+
+
+def _cell(
+    value: float | None, shown: str, title: str | None = None, at: str | None = None
+) -> Markup:
+    known = value is not None and isfinite(value)
+    return el(
+        "td",
+        shown if value is not None else text.DASH,
+        class_="num at" if at else NUMBER,
+        data_value=repr(value) if known else "",
+        data_at=at,
+        title=title,
+    )
+
+
+def _row(study: Study, g: Group, at: list[str]) -> Markup:
+    cost, seeds = g.first.cost, len(g.runs)
+    half = study.half(g)
+    word = "baseline" if g is study.baseline else study.verdicts[g.key].word
+    note = "" if word == "baseline" else study.verdicts[g.key].how
+    noise = el("span", f" ± {half:.{study.digits}f}", class_="quiet") if half else None
+    bytes_at = [(n, cost.weight_bytes_per_token.get(n)) for n in at]
+    memory = g.peak_memory_bytes
+    return el(
+        "tr",
+        el("td", name(study, g), _seeds(seeds), data_value=g.label),
+        el("td", text.bpb(g.bpb, study.digits), noise, class_=NUMBER,
+           data_value=repr(g.bpb) if isfinite(g.bpb) else ""),
+        el("td", chip(word), data_value=word, title=note or None),
+        _cell(cost.params, text.si(cost.params), text.exact(cost.params)),
+        _cell(cost.active_params, text.si(cost.active_params), text.exact(cost.active_params)),
+        _cell(cost.flops_per_token, text.si(cost.flops_per_token), text.exact(cost.flops_per_token)),
+        *(_cell(b, text.si(b or 0, "B"), text.exact(b or 0), n) for n, b in bytes_at),
+        _cell(g.tokens_per_s, text.si(g.tokens_per_s)),
+        _cell(g.train_s, text.seconds(g.train_s)),
+        _cell(memory, text.si(memory or 0, "B")),
+        class_="base" if word == "baseline" else None,
+    )  # fmt: skip
+
+
+def _seeds(n: int) -> Markup | None:
+    return el("span", f" {n} seeds", class_="quiet") if n > 1 else None
+
+
+def runs_table(study: Study) -> Markup:
+    """Every run by its id."""
+    heads = ("Run", "Seed", "Bits per byte", "Steps", "Tokens", "Tokens/s", "Time")
+    rows = [
+        el(
+            "tr",
+            el("td", el("code", r.id)),
+            _cell(r.seed, str(r.seed)),
+            _cell(r.final.bpb, text.bpb(r.final.bpb, study.digits)),
+            _cell(r.steps, f"{r.steps:,}"),
+            _cell(r.tokens, text.si(r.tokens), text.exact(r.tokens)),
+            _cell(r.speed.tokens_per_s, text.si(r.speed.tokens_per_s)),
+            _cell(r.speed.train_s, text.seconds(r.speed.train_s)),
+        )
+        for g in study.groups
+        for r in g.runs
+    ]
+    head = el("tr", *(_head(h, i > 0) for i, h in enumerate(heads)))
+    table = el("table", el("thead", head), el("tbody", *rows), class_="sortable")
+    summary = el("summary", f"All {len(rows)} runs, one by one")
+    return el("details", summary, el("div", table, class_="scroll"))
+
+
+def domain_table(study: Study) -> Markup | None:
+    """Group by domain; a cell's colour is its distance to the baseline in the same domain."""
+    domains = list(dict.fromkeys(d for g in study.groups for d in g.first.final.bpb_by_domain))
+    if not domains:
+        return None
+    base = _domain_means(study.baseline)
+    means = [(g, _domain_means(g)) for g in study.groups]
+    gaps = [m[d] - base[d] for _, m in means for d in domains if d in m and d in base]
+    reach = max((abs(x) for x in gaps if isfinite(x)), default=0.0) or 1.0
+    rows = []
+    for g, mean in means:
+        cells = [_domain_cell(study, mean.get(d), base.get(d), reach) for d in domains]
+        rows.append(el("tr", el("th", name(study, g), scope="row"), *cells))
+    head = el("tr", el("th"), *(el("th", d, class_=NUMBER, scope="col") for d in domains))
+    table = el("table", el("thead", head), el("tbody", *rows), class_="heat")
+    return el("div", table, class_="scroll")
+
+
+def _domain_means(g: Group) -> dict[str, float]:
+    """Over the seeds that have the domain."""
+    names = dict.fromkeys(d for r in g.runs for d in r.final.bpb_by_domain)
+    having = {
+        d: [r.final.bpb_by_domain[d] for r in g.runs if d in r.final.bpb_by_domain] for d in names
+    }
+    return {d: sum(values) / len(values) for d, values in having.items()}
+
+
+def _domain_cell(study: Study, value: float | None, base: float | None, reach: float) -> Markup:
+    if value is None:
+        return el("td", text.DASH, class_=NUMBER)
+    gap = value - base if base is not None else 0.0
+    side = "warm" if gap > 0 else "cool"
+    strength = round(100 * min(1.0, abs(gap) / reach)) if isfinite(gap) else 0
+    return el(
+        "td",
+        text.bpb(value, study.digits),
+        class_=f"{NUMBER} {side}",
+        style=f"--s:{strength}%",
+        title=f"{text.signed(gap, study.digits)} to the baseline",
+        data_value=repr(value),
+    )
+
+
+def load_table(study: Study) -> Markup:
+    """The four numbers of each MoE layer, per run."""
+    heads = ("Variant", "Layer", "Entropy", "Largest share", "Dead", "Zero-computation")
+    rows = [
+        el(
+            "tr",
+            el("td", name(study, g), data_value=f"{g.label} {r.seed}", title=r.id),
+            _cell(x.layer, str(x.layer)),
+            _cell(x.entropy, f"{x.entropy:.3f}"),
+            _cell(x.largest_share, text.percent(x.largest_share)),
+            _cell(x.dead, str(x.dead)),
+            _cell(x.zero_computation_share, text.percent(x.zero_computation_share)),
+        )
+        for g in study.moe_groups()
+        for r in g.runs[:1]
+        for x in r.load
+    ]
+    head = el("tr", *(_head(h, i > 0) for i, h in enumerate(heads)))
+    table = el("table", el("thead", head), el("tbody", *rows), class_="sortable")
+    note = el("p", "Entropy is H / ln E over the FFN experts, 1 when even; dead experts got less than "
+              "a tenth of the even share or nothing.", class_="quiet")  # fmt: skip
+    summary = el("summary", "Entropy, largest share, dead experts, layer by layer")
+    return el("details", summary, note, el("div", table, class_="scroll"))

@@ -1,0 +1,95 @@
+"""Numbers as a reader wants them, and HTML in which every text is escaped."""
+
+from html import escape
+from math import isfinite, log10
+
+DASH = "–"
+MINUS = "\u2212"
+
+
+class Markup(str):
+    """HTML that is already safe; every other string is escaped by `el`."""
+
+    __slots__ = ()
+
+
+Content = str | int | None
+
+
+def el(tag: str, *content: Content, **attributes: object) -> Markup:
+    """An element; `class_` is class, `data_value` is data-value, None and False leave one out."""
+    parts = [tag]
+    for name, value in attributes.items():
+        if value is None or value is False:
+            continue
+        key = name.rstrip("_").replace("_", "-")
+        parts.append(key if value is True else f'{key}="{escape(str(value))}"')
+    return Markup(f"<{' '.join(parts)}>{join(*content)}</{tag}>")
+
+
+def join(*content: Content) -> Markup:
+    """Pieces one after another, escaped unless they are Markup; None is nothing."""
+    return Markup(
+        "".join(c if isinstance(c, Markup) else escape(str(c)) for c in content if c is not None)
+    )
+
+
+def si(number: float, unit: str = "") -> str:
+    """Three digits and a decimal prefix: 1.23 M, 45.6 kB."""
+    if not isfinite(number):
+        return DASH
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(number) >= 0.9995 * 10**power:
+            return f"{_three(number / 10**power)} {prefix}{unit}"
+    return f"{_three(number)} {unit}".rstrip()
+
+
+def _three(number: float) -> str:
+    """Three significant digits, no exponent for what is at least 0.001."""
+    if number == 0:
+        return "0"
+    decimals = max(0, 2 - int(log10(abs(number)) // 1))
+    text = f"{number:.{min(decimals, 6)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text and decimals > 2 else text
+
+
+def exact(number: float) -> str:
+    """Every digit, in groups of three."""
+    return f"{number:,.0f}".replace(",", "\u202f")
+
+
+def seconds(s: float) -> str:
+    """A duration: 41.2 s, 3 min 20 s, 2 h 05 min."""
+    if not isfinite(s):
+        return DASH
+    if s < 90:
+        return f"{s:.1f} s"
+    if s < 5400:
+        return f"{int(s // 60)} min {int(s % 60):02d} s"
+    return f"{int(s // 3600)} h {int(s % 3600 // 60):02d} min"
+
+
+def bpb(number: float, digits: int) -> str:
+    """Bits per byte; a run that diverged has none."""
+    return f"{number:.{digits}f}" if isfinite(number) else "diverged"
+
+
+def signed(number: float, digits: int) -> str:
+    """With its sign, a true minus, and no sign on a zero."""
+    if not isfinite(number):
+        return DASH
+    text = f"{abs(number):.{digits}f}"
+    if not float(text):
+        return text
+    return f"{'+' if number > 0 else MINUS}{text}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return f"{100 * share:.{digits}f} %" if isfinite(share) else DASH
+
+
+def anchor(text: str) -> str:
+    """An id for an element, from any text."""
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())
+    return kept.strip("-") or "x"
