@@ -83,15 +83,25 @@ def grouped_linear(x: Tensor, w: Tensor, counts: Tensor, backend: str = "auto") 
     """`grouped_mm` with gradients for x and w.
 
     x: [N, K], rows sorted by expert; w: [E, O, K]; counts: [E] int64, sums to N.
-    Returns [N, O] in x's dtype; w's gradient comes in w's dtype.
+    Returns [N, O] in x's dtype, or autocast's where that is on, as a linear layer would; w's
+    gradient comes in w's dtype.
     """
     if backend != "auto":
         check_choice("grouped matmul backend", backend, BACKENDS)
+    x = x.to(matmul_dtype(x))
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
         y = _GroupedLinear.apply(x, w, counts, backend)
         assert isinstance(y, Tensor)
         return y
     return grouped_mm(x, w, counts, backend)
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would multiply x: autocast's where on, else x's own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 # The operators. Each walks its experts or hands the segments to F.grouped_mm.

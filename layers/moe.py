@@ -1,0 +1,185 @@
+"""Token-choice mixture of gated experts, dropless (arXiv:1701.06538; the expert: arXiv:2002.05202).
+
+Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.06066, eq. 9).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from layers.base import Cost, FFNOutput, Routing, WeightCost
+from layers.dispatch import Plan, combine, dispatch, make_plan, row_weights
+from layers.grouped import matmul_dtype
+from layers.linear import ExpertLinear
+from layers.names import check_choice, check_positive
+from layers.swiglu import GATE_FLOPS, GATES, SwiGLU, SwiGLUConfig, default_d_ff, glu
+
+
+def default_d_expert(d_model: int, top_k: int) -> int:
+    """F such that top_k experts are as wide as a default dense FFN, up to a multiple of 32."""
+    return -(-default_d_ff(d_model) // (top_k * 32)) * 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sizes of a mixture of gated experts."""
+
+    d_model: int
+    d_expert: int | None = None  # hidden width F of one expert; None: top_k make a default swiglu
+    n_experts: int = 8
+    top_k: int = 2
+    n_shared: int = 0  # experts that every token visits, as one swiglu n_shared * d_expert wide
+    activation: str = "silu"  # of the gate: silu | gelu | relu | identity
+
+    def __post_init__(self) -> None:
+        check_positive(d_model=self.d_model, n_experts=self.n_experts, top_k=self.top_k)
+        check_positive(d_expert=self.hidden)
+        check_choice("activation of moe", self.activation, GATES)
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k must be at most n_experts={self.n_experts}, got {self.top_k}")
+        if self.n_shared < 0:
+            raise ValueError(f"n_shared must not be negative, got {self.n_shared}")
+
+    @property
+    def hidden(self) -> int:
+        """F of one expert, with the default filled in."""
+        if self.d_expert is None:
+            return default_d_expert(self.d_model, max(self.top_k, 1))
+        return self.d_expert
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """What a router chooses among, in the order of its logits and of `stats["counts"]`."""
+        return tuple(f"ffn {e}" for e in range(self.n_experts))
+
+    @property
+    def shared(self) -> SwiGLUConfig | None:
+        """The shared experts as one dense FFN."""
+        if not self.n_shared:
+            return None
+        width = self.n_shared * self.hidden
+        return SwiGLUConfig(d_model=self.d_model, d_ff=width, activation=self.activation)
+
+    def cost(self) -> Cost:
+        """One token's cost; the router counts its own."""
+        routed = experts_cost(
+            self.d_model, self.hidden, self.n_experts, self.top_k, self.activation
+        )
+        return routed + (self.shared.cost().within("shared.") if self.shared else Cost(()))
+
+
+def experts_cost(
+    d_model: int, d_expert: int, n_experts: int, active: float, activation: str
+) -> Cost:
+    """The cost of stacked gated experts of which `active` run for a token."""
+    n = d_model * d_expert
+
+    def stack(name: str, matrices: int, other_flops: float) -> WeightCost:
+        return WeightCost(
+            name=f"{name}.weight",
+            role="expert",
+            params=n_experts * matrices * n,
+            flops=2 * matrices * n * active,
+            other_flops=other_flops,
+            units=n_experts,
+            active_units=active,
+        )
+
+    body = (GATE_FLOPS[activation] + 2) * d_expert * active  # the gate, times up, times the weight
+    return Cost((stack("gate_up", 2, body), stack("down", 1, d_model * active)))
+
+
+def run_experts(
+    tokens: Tensor,
+    plan: Plan,
+    weights: Tensor,
+    gate_up: ExpertLinear,
+    down: ExpertLinear,
+    activation: str,
+) -> Tensor:
+    """The sum over a token's planned experts of weight * down(activation(gate(x)) * up(x)).
+
+    The weight is multiplied in before `down`, on F columns and not on D: down is linear, and no
+    D-wide expert output need be kept for its gradient (moe.md 14.3).
+
+    Args:
+        tokens: [T, D].
+        plan: N of the T * K assignments.
+        weights: [T, K].
+        gate_up: [E, 2F, D], gate rows first.
+        down: [E, D, F].
+        activation: of the gate.
+
+    Returns:
+        [T, D] in the experts' compute dtype; 0 for a token without an expert.
+    """
+    rows = dispatch(_cast_once(tokens, gate_up), plan)  # [N, D]
+    h = glu(gate_up(rows, plan.counts), activation, row_weights(weights, plan))  # [N, F]
+    return combine(down(h, plan.counts), plan)
+
+
+def _cast_once(tokens: Tensor, leaf: ExpertLinear) -> Tensor:
+    """Tokens in the leaf's dtype where it would only cast them: before they are copied K times."""
+    p = leaf.precision
+    if p is None:
+        return tokens.to(matmul_dtype(tokens))
+    return tokens.to(p.dtype) if p.is_cast else tokens
+
+
+def flatten_inputs(
+    x: Tensor, carry: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x [B, S, D], carry [B, S, E'], mask [B, S] as [T, D], [T, E'], [T]; masked tokens as 0."""
+    tokens = rearrange(x, "b s d -> (b s) d")
+    if carry is not None:
+        carry = rearrange(carry, "b s e -> (b s) e")
+    if mask is not None:
+        mask = rearrange(mask, "b s -> (b s)")
+        tokens = tokens.masked_fill(~mask[:, None], 0)  # whatever stands there, NaN included
+    return tokens, carry, mask
+
+
+def check_routing(routing: Routing, names: tuple[str, ...]) -> None:
+    """Raise unless the router scored exactly the layer's experts."""
+    if routing.logits.shape[-1] != len(names):
+        raise ValueError(
+            f"the router scores {routing.logits.shape[-1]} experts, the layer has {len(names)}: "
+            f"{names[0]} to {names[-1]}"
+        )
+
+
+class MoE(nn.Module):
+    """y = shared(x) + sum over the k chosen of w_k down_k(activation(gate_k(x)) * up_k(x))."""
+
+    def __init__(self, config: MoEConfig, router: nn.Module):
+        super().__init__()
+        c = self.config = config
+        self.router = router
+        self.gate_up = ExpertLinear(c.n_experts, c.d_model, 2 * c.hidden, role="expert")
+        self.down = ExpertLinear(c.n_experts, c.hidden, c.d_model, role="expert")
+        self.shared = SwiGLU(c.shared) if c.shared else None
+
+    def forward(
+        self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
+    ) -> FFNOutput:
+        """x: [B, S, D]; carry: [B, S, E'] for routers that read it; mask: [B, S] bool."""
+        c, (b, s, _) = self.config, x.shape
+        tokens, carry, mask = flatten_inputs(x, carry, mask)
+        routing: Routing = self.router(tokens, carry, mask)
+        check_routing(routing, c.expert_names)
+
+        keep = None if mask is None else mask[:, None].expand_as(routing.experts)
+        plan = make_plan(routing.experts, c.n_experts, keep)
+        y = run_experts(tokens, plan, routing.weights, self.gate_up, self.down, c.activation)
+        y = y.unflatten(0, (b, s))
+        if self.shared is not None:
+            y = y + self.shared(tokens.unflatten(0, (b, s))).y
+        none = torch.zeros_like(plan.counts[0])
+        return FFNOutput(
+            y=y.type_as(x),
+            losses=routing.losses,
+            stats={"counts": plan.counts, "dropped": none, "zero_computation": none},
+            carry=routing.logits.unflatten(0, (b, s)),
+        )
