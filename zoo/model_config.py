@@ -106,6 +106,5 @@ class ModelConfig:
 
 
 def _n_logits(choice: Choice) -> int | None:
-    """Logits per token that a layer hands on; None where it routes nothing."""
-    config = choice.router_config
-    return None if config is None else getattr(config, "n_logits", None) or config.n_experts
+    """Router logits per token that a layer hands on; None where it routes nothing."""
+    return None if choice.router_config is None else len(choice.config.expert_names)

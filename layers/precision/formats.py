@@ -18,7 +18,16 @@ from layers.precision.blocks import E2M1, MX_RULES, Grid, encode_mx, encode_nvfp
 from layers.precision.layout import Blocks, encode_blocks, encode_segments
 from layers.precision.spec import QSpec
 
-__all__ = ["FORMATS", "Format", "Quantized", "fake_quantize", "format_of", "quantize"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Quantized",
+    "check_spec",
+    "fake_quantize",
+    "format_of",
+    "quantize",
+    "storage_bits",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +85,16 @@ def format_of(name: str) -> Format:
         if row.name == name:
             return row
     raise unknown("format", name, [row.name for row in FORMATS])
+
+
+def check_spec(spec: QSpec) -> None:
+    """Raise ValueError, with the nearest name, unless the format, its rule and its tile exist."""
+    _resolve(spec)
+
+
+def storage_bits(spec: QSpec) -> float:
+    """Bits per number in store, block scales included; a tensor's one scale does not count."""
+    return format_of(spec.format).bits
 
 
 def _resolve(spec: QSpec) -> tuple[Format, str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from layers.names import check_choice, unknown
+from layers.precision.formats import check_spec
 from layers.precision.spec import HIGH_FORMATS, QSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,6 +38,8 @@ class LeafPrecision:
 
     def __post_init__(self) -> None:
         check_choice("compute dtype", self.compute, DTYPES)
+        for operand in OPERANDS:
+            check_spec(getattr(self, operand))
 
     @property
     def dtype(self) -> torch.dtype:

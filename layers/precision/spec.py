@@ -1,7 +1,9 @@
 """How one operand of one matmul is written: a frozen value that YAML can hold."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from layers.names import check_choice
 
 HIGH_FORMATS = ("fp32", "bf16")
 
@@ -27,7 +29,14 @@ class QSpec:
         """A spec from a format name, a mapping of fields, or a spec."""
         if isinstance(value, QSpec):
             return value
-        return cls(format=value) if isinstance(value, str) else cls(**value)
+        if isinstance(value, str):
+            return cls(format=value)
+        known = [f.name for f in fields(cls)]
+        for key in value:
+            check_choice("option of a format", key, known)
+        if "format" not in value:
+            raise ValueError(f"a format's options need 'format', got {sorted(value)}")
+        return cls(**value)
 
     def to_plain(self) -> str | dict[str, Any]:
         """The shortest plain value that `of` reads back."""
