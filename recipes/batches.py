@@ -4,7 +4,6 @@ V vocabulary, W windows, N tokens of a corpus; B and S as in layers/base.py.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layers.names import check_positive
-from recipes.text import corpus_row, documents, split, tokenizer
+from recipes.tokens import Span, Tokens
 
 
 class Batch(NamedTuple):
@@ -24,42 +23,6 @@ class Batch(NamedTuple):
     n_bytes: Tensor  # [B, S] int64, bytes that each target stands for, 0 where padded
     mask: Tensor | None  # [B, S] bool, True where real; None: all of it (training)
     domain: int | None  # index into Tokens.domains; None: mixed (training)
-
-
-class Span(NamedTuple):
-    """One part of one document, in a corpus of tokens laid end to end."""
-
-    start: int
-    stop: int
-    domain: int
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """A tokenized corpus: each document's train, validation and test parts in this order."""
-
-    ids: Tensor  # [N], the smallest type that holds the vocabulary
-    bytes_per_token: Tensor  # [V] int64
-    domains: tuple[str, ...]
-    spans: dict[str, tuple[Span, ...]]  # by split; empty parts left out
-
-
-@lru_cache
-def load_tokens(corpus: str, tokenizer_name: str) -> Tokens:
-    """A shipped corpus as tokens; each part is tokenized by itself, so no token crosses a cut."""
-    row, encoder = corpus_row(corpus), tokenizer(tokenizer_name)
-    dtype = torch.uint8 if encoder.vocab_size <= 256 else torch.int16
-    spans: dict[str, list[Span]] = {"train": [], "validation": [], "test": []}
-    parts: list[Tensor] = []
-    end = 0
-    for document in documents(corpus):
-        for name, text in split(document.text, row.cuts).items():
-            if text:
-                parts.append(encoder.encode(text).to(dtype))
-                start, end = end, end + len(parts[-1])
-                spans[name].append(Span(start, end, row.domains.index(document.domain)))
-    fixed = {name: tuple(found) for name, found in spans.items()}
-    return Tokens(torch.cat(parts), encoder.bytes_per_token, row.domains, fixed)
 
 
 # Training

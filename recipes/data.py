@@ -1,19 +1,12 @@
-"""The data of a recipe: checked at the door, batches for Lightning (recipes/batches.py)."""
+"""A recipe's data for Lightning: corpora from text.py, tokens.py, batches from batches.py."""
 
 from lightning import LightningDataModule
 
-from layers.names import check_positive, unknown
-from recipes.batches import (
-    Batch,
-    EvalLoader,
-    Tokens,
-    TrainLoader,
-    epoch_steps,
-    load_tokens,
-    train_batch,
-)
+from layers.names import unknown
+from recipes.batches import Batch, EvalLoader, TrainLoader, epoch_steps, train_batch
 from recipes.schema import DataConfig
-from recipes.text import CORPORA, TOKENIZERS, Tokenizer, corpus_row, tokenizer, tokenizer_row
+from recipes.text import CORPORA, TOKENIZERS, Tokenizer, tokenizer
+from recipes.tokens import Tokens, check_data, load_tokens
 
 __all__ = [
     "CORPORA",
@@ -29,26 +22,6 @@ __all__ = [
     "tokenizer",
     "train_batch",
 ]
-
-
-def check_data(config: DataConfig) -> None:
-    """Raise ValueError on names, sizes and combinations that cannot work."""
-    corpus, row = corpus_row(config.corpus), tokenizer_row(config.tokenizer)
-    check_positive(seq_len=config.seq_len, batch_size=config.batch_size)
-    if config.eval_bytes_per_domain is not None:
-        check_positive(eval_bytes_per_domain=config.eval_bytes_per_domain)
-    if row.corpora is not None and corpus.name not in row.corpora:
-        raise ValueError(
-            f"tokenizer {row.name!r} was made for {', '.join(row.corpora)}, not for "
-            f"{corpus.name!r}: use tokenizer bytes"
-        )
-    tokens = load_tokens(config.corpus, config.tokenizer)
-    shortest = min(span.stop - span.start for span in tokens.spans["train"])
-    if config.seq_len >= shortest:
-        raise ValueError(
-            f"seq_len={config.seq_len} is too long for corpus {corpus.name!r}: its shortest "
-            f"document has {shortest} training tokens, so at most {shortest - 1}"
-        )
 
 
 class TextData(LightningDataModule):

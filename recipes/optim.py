@@ -6,14 +6,14 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from layers.linear import ValueTable
 from layers.names import check_choice, check_positive
 from recipes.schema import OptimConfig
 
 # One pass over each parameter instead of a dozen: on one CPU thread a third of the time of the
 # loop and a quarter of foreach (1.0, 3.1, 3.9 ms for 1.1 M parameters; torch 2.13, medians of 60).
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-# Last word of the name of a [E, D] parameter that holds E vectors, not a matrix.
-STACKED_VECTORS = ("bias", "gain", "scale", "v", "vector", "vectors")
+STACKED_VECTORS = ("bias", "gain", "scale")  # last word of the name of E vectors in one [E, D]
 
 
 def check_optim(config: OptimConfig) -> None:
@@ -37,25 +37,32 @@ def check_optim(config: OptimConfig) -> None:
         )
 
 
-def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, stacked ones too, and not to vectors.
+def decayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay applies to: matrices, stacked ones too.
 
-    So embeddings, head and router are decayed and norms and biases are not, as in GPT-3 and its
-    followers (arXiv:2005.14165, app. B). A constant expert's vector or an expert's bias is a
-    vector, though E of them stand in one [E, D] parameter.
+    So embedding, head and router are decayed and norms and biases are not, as in GPT-3 and its
+    followers (arXiv:2005.14165, app. B; nanoGPT). The rows of a `ValueTable` (a constant expert's
+    vector, a memory's values) and the biases of E experts are vectors, though many stand in one
+    parameter.
     """
-    last_word = name.rpartition(".")[2].rpartition("_")[2]
-    return parameter.ndim >= 2 and not (parameter.ndim == 2 and last_word in STACKED_VECTORS)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, ValueTable)}
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.ndim > 2
+        or (p.ndim == 2 and id(p) not in tables and not name.endswith(STACKED_VECTORS))
+    }
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW groups of every trainable parameter, decayed ones first; no group is empty."""
+    decayed = decayed_names(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = [p for name, p in trainable.items() if is_decayed(name, p)]
-    others = [p for name, p in trainable.items() if not is_decayed(name, p)]
+    matrices = [p for name, p in trainable.items() if name in decayed]
+    vectors = [p for name, p in trainable.items() if name not in decayed]
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     grouped = sum(p.numel() for group in groups for p in group["params"])
     assert grouped == sum(p.numel() for p in model.parameters() if p.requires_grad)

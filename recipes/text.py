@@ -212,7 +212,7 @@ class PairTokenizer:
         self._pairs = library.Tokenizer.from_str(content.decode())
         self.vocab_size: int = self._pairs.get_vocab_size()
         names = [self._pairs.id_to_token(i) for i in range(self.vocab_size)]
-        # The byte-level alphabet writes each byte as one character, so a name's length is its bytes.
+        # The byte-level alphabet writes each byte as one character: a name is as long as its bytes.
         self.bytes_per_token = torch.tensor([len(name) for name in names])
 
     def encode(self, text: str) -> Tensor:

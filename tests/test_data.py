@@ -13,8 +13,6 @@ from torch.testing import assert_close
 
 from recipes import text
 from recipes.batches import (
-    Span,
-    Tokens,
     epoch_starts,
     epoch_steps,
     eval_batch,
@@ -25,6 +23,7 @@ from recipes.batches import (
 from recipes.data import TextData, check_data, load_tokens, tokenizer
 from recipes.schema import DataConfig
 from recipes.text import CORPORA, TOKENIZERS, corpus_row, documents
+from recipes.tokens import Span, Tokens
 
 every_tokenizer = pytest.mark.parametrize("name", [row.name for row in TOKENIZERS])
 
@@ -118,10 +117,14 @@ def test_a_missing_library_is_one_line_that_names_the_extra(monkeypatch):
         tokenizer("bpe1024")
 
 
-@every_tokenizer
+@pytest.mark.parametrize("name", ["bytes", "bpe4096"])
 def test_every_byte_of_evaluation_is_a_target_once(name):
     pytest.importorskip("tokenizers") if name != "bytes" else None
     data = TextData(DataConfig(tokenizer=name, seq_len=200, eval_bytes_per_domain=None), seed=0)
+    limited = [0] * 7
+    for batch in data.eval_loader("validation", bytes_per_domain=8192):
+        limited[batch.domain] += int(batch.n_bytes.sum())
+    assert all(8192 - 2 * 200 * 4 < size <= 8192 for size in limited)
     for loader, size in ((data.val_dataloader(), 244_915), (data.test_dataloader(), 244_928)):
         found = list(loader)
         assert len(found) == len(loader)

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from layers.linear import ValueTable
 from recipes.optim import (
     build_optimizer,
     build_schedule,
     check_optim,
-    is_decayed,
+    decayed_names,
     lr_ratio,
     parameter_groups,
 )
@@ -29,15 +30,14 @@ class Parts(nn.Module):
         self.gate = nn.Linear(4, 3)
         self.experts = nn.Parameter(torch.randn(3, 5, 4))
         self.expert_bias = nn.Parameter(torch.randn(3, 5))
-        self.constant_v = nn.Parameter(torch.randn(2, 4))
+        self.constant = ValueTable(2, 4, role="constant")
         self.frozen = nn.Parameter(torch.randn(4, 4), requires_grad=False)
         self.register_buffer("counts", torch.zeros(3, 3))
 
 
 def test_matrices_are_decayed_and_vectors_are_not():
-    named = dict(Parts().named_parameters())
-    decayed = {name for name, p in named.items() if is_decayed(name, p)} - {"frozen"}
-    assert decayed == {"embedding.weight", "gate.weight", "experts"}
+    matrices = {"embedding.weight", "gate.weight", "experts", "frozen"}
+    assert decayed_names(Parts()) == matrices
 
 
 def test_groups_hold_every_trainable_parameter_once():
