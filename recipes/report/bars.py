@@ -1,7 +1,5 @@
 """Bars: what a precision costs each variant, and where FLOPs and parameters lie."""
 
-from html import escape
-
 from recipes.report import text
 from recipes.report.figures import Figure, meta
 from recipes.report.look import role_colour
@@ -19,7 +17,7 @@ def precision_gap(study: Study) -> Figure | None:
     layout: Figure = {
         "height": 110 + 34 * len(groups),
         "xaxis": {
-            "title": {"text": f"bits per byte above {escape(study.reference)} (less is better)"},
+            "title": {"text": f"bits per byte above {text.safe(study.reference)} (less is better)"},
             "zeroline": True,
         },
         "yaxis": {"autorange": "reversed", "automargin": True, "showgrid": False},
@@ -28,7 +26,7 @@ def precision_gap(study: Study) -> Figure | None:
     }
     unpaired = [d for d in study.gaps.values() if d.half and not d.how.startswith("paired")]
     if unpaired:
-        half = min(d.half for d in unpaired if d.half)
+        half = max(d.half for d in unpaired if d.half)
         layout["shapes"] = [
             {"type": "rect", "xref": "x", "yref": "paper", "x0": -half, "x1": half,
              "y0": 0, "y1": 1, "line": {"width": 0}, "fillcolor": "rgba(139,146,156,0.14)",
@@ -40,30 +38,29 @@ def precision_gap(study: Study) -> Figure | None:
 def _gap_bar(study: Study, group: Group) -> Figure:
     d, colour = study.gaps[group.key], study.look.colours[group.variant]
     value = text.signed(d.value, study.digits)
-    resolved = d.word != "not resolved"
-    words = value if resolved else f"{value}  not resolved"
+    words = value if d.resolved else f"{value}  not resolved"
     interval = f" ± {d.half:.{study.digits}f}" if d.half else ""
     return {
         "type": "bar",
         "orientation": "h",
-        "name": escape(group.label),
+        "name": text.safe(group.label),
         "x": [d.value],
-        "y": [escape(group.label)],
+        "y": [text.safe(group.label)],
         "text": [words],
         "textposition": "none",
         "marker": {
             "color": colour,
-            "opacity": 1 if resolved else 0.45,
+            "opacity": 1 if d.resolved else 0.45,
             "line": {"color": colour, "width": 1},
             "pattern": {
-                "shape": "" if resolved else "/",
+                "shape": "" if d.resolved else "/",
                 "size": 6,
                 "solidity": 0.3,
                 "fillmode": "overlay",
             },
         },
         "error_x": {"array": [d.half], "thickness": 1.2, "width": 4} if d.half else None,
-        "hovertemplate": f"<b>{escape(group.label)}</b><br>{value}{interval} bpb, "
+        "hovertemplate": f"<b>{text.safe(group.label)}</b><br>{value}{interval} bpb, "
         f"{d.word}<br>{d.how}<extra></extra>",
         "meta": {**meta(group), "label": words, "edge": d.value + (d.half or 0)},
     }
@@ -84,12 +81,12 @@ def by_role(study: Study, of: str) -> Figure | None:
             {
                 "type": "bar",
                 "orientation": "h",
-                "name": escape(role),
+                "name": text.safe(role),
                 "x": [x for _, x in having],
-                "y": [escape(g.variant) for g, _ in having],
+                "y": [text.safe(g.variant) for g, _ in having],
                 "marker": {"color": role_colour(role, i)},
                 "customdata": [text.si(x) for _, x in having],
-                "hovertemplate": f"<b>%{{y}}</b><br>{escape(role)} %{{customdata}} {unit}"
+                "hovertemplate": f"<b>%{{y}}</b><br>{text.safe(role)} %{{customdata}} {unit}"
                 "<extra></extra>",
             }
         )
@@ -103,7 +100,7 @@ def by_role(study: Study, of: str) -> Figure | None:
             "automargin": True,
             "showgrid": False,
             "categoryorder": "array",
-            "categoryarray": [escape(v) for v in study.variants],
+            "categoryarray": [text.safe(v) for v in study.variants],
         },
         "showlegend": True,
         "legend": {

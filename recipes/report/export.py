@@ -65,14 +65,14 @@ def _run_row(run: Run) -> dict[str, Cell]:
 
 
 def _difference_row(key: tuple[str, str], to: str, d: Difference) -> dict[str, Cell]:
-    known = d.half is not None
+    low, high = d.interval or (None, None)
     return {
         "variant": key[0],
         "precision": key[1],
         "against": to,
         "bpb_difference": d.value,
-        "low_95": d.value - d.half if known else None,
-        "high_95": d.value + d.half if known else None,
+        "low_95": low,
+        "high_95": high,
         "p": d.p,
         "p_holm": d.p_holm,
         "degrees_of_freedom": d.df,

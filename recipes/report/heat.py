@@ -1,11 +1,11 @@
 """Heat maps of expert load: layer by expert, and domain by expert."""
 
-from html import escape
 from typing import Any
 
+from recipes.report import text
 from recipes.report.figures import Figure
 from recipes.report.records import LayerLoad, Run
-from recipes.report.study import Group, Study
+from recipes.report.study import Study
 
 TOP = 2.0  # times the even share, where the colours end
 
@@ -34,12 +34,11 @@ def load_by_domain(study: Study) -> Figure | None:
     if not runs:
         return None
     choices = [
-        {"label": f"{g.label} · layer {layer.layer}", "run": g.label, "layer": f"layer {layer.layer}",
-         **_domain_view(layer)}
+        {"run": g.label, "layer": f"layer {layer.layer}", **_domain_view(layer)}
         for g in runs
         for layer in g.first.load
         if layer.counts_by_domain
-    ]  # fmt: skip
+    ]
     return {"views": choices, "selects": ["run", "layer"]}
 
 
@@ -50,7 +49,7 @@ def _domain_view(layer: LayerLoad) -> Figure:
     z = [_spaced(_relative(row), layer, names, split) for row in rows]
     counts = [_spaced(row, layer, names, split) for row in rows]
     return {
-        "data": [_heat(z, counts, names, split, [escape(d) for d in domains])],
+        "data": [_heat(z, counts, names, split, [text.safe(d) for d in domains])],
         "layout": _layout(names, split, len(rows)),
     }
 
@@ -75,7 +74,7 @@ def _columns(names: tuple[str, ...], split: int) -> list[str]:
 
 
 def _heat(z: Any, counts: Any, names: tuple[str, ...], split: int, labels: list[str]) -> Figure:
-    columns = [escape(name) for name in _columns(names, split)]
+    columns = [text.safe(name) for name in _columns(names, split)]
     return {
         "type": "heatmap",
         "z": z,
@@ -122,10 +121,18 @@ def _layout(names: tuple[str, ...], split: int, rows: int) -> Figure:
 
 def _short(name: str, ffn: bool) -> str:
     """FFN experts by their number alone, the others by name."""
-    return escape(name.removeprefix("ffn ") if ffn else name)
+    return text.safe(name.removeprefix("ffn ") if ffn else name)
 
 
-def caption(group: Group) -> str:
-    """Which run a heat map shows."""
-    seed = f", seed {group.first.seed}" if len(group.runs) > 1 else ""
-    return f"{group.label}{seed}"
+def caption(run: Run) -> str:
+    """The four numbers of a run, over its MoE layers."""
+    layers = run.load
+    parts = [
+        f"entropy {sum(x.entropy for x in layers) / len(layers):.3f}",
+        f"largest {text.percent(max(x.largest_share for x in layers))}",
+        f"dead {sum(x.dead for x in layers)}",
+    ]
+    zero = sum(x.zero_computation_share for x in layers) / len(layers)
+    if zero:
+        parts.append(f"zero-computation {text.percent(zero)}")
+    return " · ".join(parts)

@@ -32,6 +32,7 @@ ROLE_COLOURS = {
     "constant": "#9d86b8",
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+GLYPHS = "●◇■△✚☆"  # the markers, for a legend
 MARKERS = ("circle", "diamond-open", "square", "triangle-up-open", "cross", "star-open")
 
 
@@ -42,6 +43,7 @@ class Look:
     colours: dict[str, str]  # variant: #rrggbb
     dashes: dict[str, str]  # precision: plotly dash
     markers: dict[str, str]  # precision: plotly symbol
+    glyphs: dict[str, str]  # precision: the marker as a character
 
 
 def look_of(variants: Sequence[str], precisions: Sequence[str], baseline: str) -> Look:
@@ -53,6 +55,7 @@ def look_of(variants: Sequence[str], precisions: Sequence[str], baseline: str) -
         colours=colours,
         dashes={p: DASHES[i % len(DASHES)] for i, p in enumerate(precisions)},
         markers={p: MARKERS[i % len(MARKERS)] for i, p in enumerate(precisions)},
+        glyphs={p: GLYPHS[i % len(GLYPHS)] for i, p in enumerate(precisions)},
     )
 
 

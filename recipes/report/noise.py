@@ -30,6 +30,16 @@ class Difference:
     how: str  # the way it was judged, or why it could not be
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval, not corrected for the number of comparisons."""
+        return None if self.half is None else (self.value - self.half, self.value + self.half)
+
+    @property
+    def resolved(self) -> bool:
+        """Better or worse beyond the noise."""
+        return self.word != "not resolved"
+
+    @property
     def word(self) -> Word:
         """The verdict."""
         if self.p_holm is None or self.p_holm > LEVEL:

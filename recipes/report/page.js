@@ -18,6 +18,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 8, r: 12, t: 12, b: 8 },
       hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--ink"), size: 13 }, align: "left" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--line"), activecolor: css("--soft") },
       showlegend: false, dragmode: "zoom", ...layout,
       xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
     };
@@ -52,7 +53,7 @@
     }
     const final = themed({ ...layout, annotations: labels(data) });
     plot.el.style.height = `${layout.height}px`;
-    Plotly.react(plot.el, data.map(styled), final, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+    Plotly.react(plot.el, data.map(styled), final, { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
     plot.drawn = true;
   };
   const redraw = () => plots.forEach((plot) => plot.drawn && draw(plot));

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
-import yaml
-
 from recipes.report import bars, figures, heat, tables
+from recipes.report.domains import domain_table
 from recipes.report.figures import Figure
-from recipes.report.headline import name, swatch
+from recipes.report.frontier import frontier
+from recipes.report.headline import name
+from recipes.report.provenance import provenance
 from recipes.report.study import Group, Study
-from recipes.report.text import Content, Markup, anchor, el, join
+from recipes.report.text import Content, Markup, anchor, el, join, swatch
 
 DASH_ARRAYS = {
     "solid": None, "dash": "6 4", "dot": "1.5 4", "dashdot": "7 4 1.5 4",
@@ -43,21 +45,30 @@ def sections(study: Study) -> list[Section]:
         ("Domains", _domains(study)),
         ("Samples", _samples(study)),
         ("Cost by role", _roles(study)),
-        ("Recipes and machines", _recipes(study)),
+        ("Recipes and machines", provenance(study)),
     )
     return [Section(title, body) for title, body in made if body is not None]
 
 
 def plot(figure: Figure, key: str, label: str) -> Markup:
     """A place that the page's script draws into, and its data; safe inside HTML."""
-    data = json.dumps(figure, separators=(",", ":"), allow_nan=False)
+    data = json.dumps(_finite(figure), separators=(",", ":"), allow_nan=False)
     for char in "<>&\u2028\u2029":
         data = data.replace(char, f"\\u{ord(char):04x}")
     height = (figure.get("layout") or figure["views"][0]["layout"])["height"]
     return join(
-        el("div", class_="plot", id=f"plot-{key}", role="img", aria_label=label, style=f"height:{height}px"),
+        el("div", class_="plot", id=f"plot-{key}", aria_label=label, style=f"height:{height}px"),
         Markup(f'<script type="application/json" id="data-{key}">{data}</script>'),
-    )  # fmt: skip
+    )
+
+
+def _finite(data: Any) -> Any:
+    """JSON knows no NaN: what a diverged run left behind is not drawn."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 def lead(*content: Content) -> Markup:
@@ -77,7 +88,14 @@ def tabs(key: str, of: str, labels: Iterable[str]) -> Markup:
 def legend(study: Study) -> Markup:
     """Variants by colour and precisions by dash; a click hides one in every plot of the page."""
     variants = (
-        el("button", swatch(study, v), v, type="button", data_variant=v, aria_pressed="true")
+        el(
+            "button",
+            swatch(study.look.colours[v]),
+            v,
+            type="button",
+            data_variant=v,
+            aria_pressed="true",
+        )
         for v in study.variants
     )
     precisions = (
@@ -89,8 +107,9 @@ def legend(study: Study) -> Markup:
 
 def _dash(study: Study, precision: str) -> Markup:
     dashes = DASH_ARRAYS[study.look.dashes[precision]]
-    line = el("line", x1=1, x2=27, y1=5, y2=5, stroke_dasharray=dashes)
-    return el("svg", line, width=28, height=10, class_="dash", aria_hidden="true")
+    line = el("line", x1=1, x2=39, y1=7, y2=7, stroke_dasharray=dashes)
+    glyph = el("text", study.look.glyphs[precision], x=20, y=11)
+    return el("svg", line, glyph, width=40, height=14, class_="dash", aria_hidden="true")
 
 
 def _results(study: Study) -> Markup:
@@ -116,16 +135,18 @@ def _curves(study: Study) -> Markup | None:
 
 
 def _frontier(study: Study) -> Markup | None:
-    figure = figures.frontier(study)
+    figure = frontier(study)
     if figure is None:
         return None
     bar = el(
         "div", tabs("frontier", "view", (v["label"] for v in figure["views"])), class_="controls"
     )
     note = lead(
-        "Lower is better. The dotted line joins the runs that no other one beats in both. "
-        + ("Bars are 95 % intervals of the mean." if study.noise else "The noise is unknown, so there are no bars.")
-    )  # fmt: skip
+        "Lower is better. The dotted line joins the runs that no other one beats in both. ",
+        "The bars are 95\u00a0% intervals of the mean."
+        if study.noise
+        else "The noise is unknown, so there are no bars.",
+    )
     return join(note, bar, legend(study), plot(figure, "frontier", "Bits per byte against cost"))
 
 
@@ -133,7 +154,7 @@ def _gap(study: Study) -> Markup | None:
     figure = bars.precision_gap(study)
     if figure is None:
         return None
-    band = "The grey band is where the noise of two single runs puts no difference at all. "
+    band = "A gap inside the grey band is within the noise of two single runs. "
     note = lead(
         f"What a variant loses by leaving {study.reference}. ",
         band if study.noise else None,
@@ -146,11 +167,7 @@ def _load(study: Study) -> Markup | None:
     groups = study.moe_groups()
     if not groups:
         return None
-    cards = [
-        el("figure", el("figcaption", name(study, g), el("span", heat.caption(g), class_="quiet right")),
-           plot(heat.load_by_layer(g.first), f"load-{i}", f"Expert load of {g.label}"))
-        for i, g in enumerate(groups)
-    ]  # fmt: skip
+    cards = [_load_card(study, g, i) for i, g in enumerate(groups)]
     note = lead(
         "Assignments per expert on held-out text, relative to an even spread over all experts of "
         "the layer. Zero-computation experts stand apart, on the right."
@@ -162,6 +179,12 @@ def _load(study: Study) -> Markup | None:
         _domain_explorer(by_domain) if by_domain else None,
         tables.load_table(study),
     )
+
+
+def _load_card(study: Study, g: Group, i: int) -> Markup:
+    numbers = el("span", heat.caption(g.first), class_="quiet right")
+    picture = plot(heat.load_by_layer(g.first), f"load-{i}", f"Expert load of {g.words}")
+    return el("figure", el("figcaption", name(study, g), numbers), picture)
 
 
 def _domain_explorer(figure: Figure) -> Markup:
@@ -182,9 +205,10 @@ def _select(figure: Figure, of: str) -> Markup:
 
 
 def _domains(study: Study) -> Markup | None:
-    table = tables.domain_table(study)
+    table = domain_table(study)
     note = lead(
-        "Bits per byte by domain. Blue is below the baseline in the same domain, orange above."
+        "Bits per byte by domain. Blue is below the baseline in the same domain, orange above; "
+        "what lies within the noise of that domain has no colour."
     )
     return join(note, table) if table else None
 
@@ -208,60 +232,3 @@ def _roles(study: Study) -> Markup | None:
         if (figure := bars.by_role(study, of))
     ]
     return el("div", *plots, class_="cards") if plots else None
-
-
-def _recipes(study: Study) -> Markup | None:
-    runs = [r for g in study.groups for r in g.runs]
-    base = _flat(study.baseline.first.recipe)
-    recipes = [_recipe(r.id, r.recipe, base) for r in runs if r.recipe]
-    c = study.results.comparison
-    allowed = ", ".join(c.allowed_differences) if c else ""
-    parts = [
-        lead("Recipes may differ in: ", el("code", allowed), ". Anything else was refused.") if allowed else None,
-        el("div", *recipes, class_="recipes") if recipes else None,
-        *_provenance(study),
-    ]  # fmt: skip
-    return join(*parts) if recipes or parts[2:] else None
-
-
-def _recipe(run_id: str, recipe: dict[str, Any], base: dict[str, Any]) -> Markup:
-    """Folded: the whole recipe; unfolded: where it differs from the baseline's."""
-    mine = _flat(recipe)
-    changed = [f"{k}={_short(mine.get(k))}" for k in {**mine, **base} if mine.get(k) != base.get(k)]
-    note = ", ".join(changed) or "the baseline's recipe"
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    summary = el("summary", el("code", run_id), " ", el("span", note, class_="quiet"))
-    return el("details", summary, el("pre", text))
-
-
-def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        deeper = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _provenance(study: Study) -> list[Markup]:
-    """Versions, commit and machine: each combination once, with how many runs have it."""
-    made: dict[str, tuple[list[Markup], int]] = {}
-    for run in study.results.runs:
-        facts = {**run.versions, "commit": run.commit, **run.machine}
-        facts = {k: v for k, v in facts.items() if v is not None}
-        key = json.dumps(facts, sort_keys=True, default=str)
-        rows = [el("tr", el("th", k, scope="row"), el("td", str(v))) for k, v in facts.items()]
-        made[key] = (rows, made.get(key, (rows, 0))[1] + 1)
-    shown = [(rows, n) for rows, n in made.values() if rows]
-    if not shown:
-        return []
-    cards = [
-        el("figure", el("figcaption", f"{n} run{'s' * (n > 1)}"), el("table", el("tbody", *rows), class_="plain"))
-        for rows, n in shown
-    ]  # fmt: skip
-    return [el("h3", "Versions and machines"), el("div", *cards, class_="cards")]

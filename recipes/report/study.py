@@ -32,6 +32,11 @@ class Group:
         return f"{self.variant} · {self.precision}"
 
     @property
+    def words(self) -> str:
+        """For a sentence."""
+        return f"{self.variant} {self.precision}"
+
+    @property
     def first(self) -> Run:
         """The run with the lowest seed; costs are the same for all."""
         return self.runs[0]

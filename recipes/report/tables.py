@@ -1,11 +1,11 @@
-"""The sortable table of variants, the list of all runs, and tables drawn as heat maps."""
+"""The sortable tables: variants, all runs, load of every MoE layer."""
 
 from math import isfinite
 
 from recipes.report import text
-from recipes.report.headline import chip, name
+from recipes.report.headline import name
 from recipes.report.study import BYTES_AT, Group, Study
-from recipes.report.text import Markup, el, join
+from recipes.report.text import Markup, chip, el, join
 
 NUMBER = "num"
 
@@ -75,6 +75,7 @@ def _cell(
 
 def _row(study: Study, g: Group, at: list[str]) -> Markup:
     cost, seeds = g.first.cost, len(g.runs)
+    flops = cost.flops_per_token
     half = study.half(g)
     word = "baseline" if g is study.baseline else study.verdicts[g.key].word
     note = "" if word == "baseline" else study.verdicts[g.key].how
@@ -89,7 +90,7 @@ def _row(study: Study, g: Group, at: list[str]) -> Markup:
         el("td", chip(word), data_value=word, title=note or None),
         _cell(cost.params, text.si(cost.params), text.exact(cost.params)),
         _cell(cost.active_params, text.si(cost.active_params), text.exact(cost.active_params)),
-        _cell(cost.flops_per_token, text.si(cost.flops_per_token), text.exact(cost.flops_per_token)),
+        _cell(flops, text.si(flops), text.exact(flops)),
         *(_cell(b, text.si(b or 0, "B"), text.exact(b or 0), n) for n, b in bytes_at),
         _cell(g.tokens_per_s, text.si(g.tokens_per_s)),
         _cell(g.train_s, text.seconds(g.train_s)),
@@ -125,49 +126,6 @@ def runs_table(study: Study) -> Markup:
     return el("details", summary, el("div", table, class_="scroll"))
 
 
-def domain_table(study: Study) -> Markup | None:
-    """Group by domain; a cell's colour is its distance to the baseline in the same domain."""
-    domains = list(dict.fromkeys(d for g in study.groups for d in g.first.final.bpb_by_domain))
-    if not domains:
-        return None
-    base = _domain_means(study.baseline)
-    means = [(g, _domain_means(g)) for g in study.groups]
-    gaps = [m[d] - base[d] for _, m in means for d in domains if d in m and d in base]
-    reach = max((abs(x) for x in gaps if isfinite(x)), default=0.0) or 1.0
-    rows = []
-    for g, mean in means:
-        cells = [_domain_cell(study, mean.get(d), base.get(d), reach) for d in domains]
-        rows.append(el("tr", el("th", name(study, g), scope="row"), *cells))
-    head = el("tr", el("th"), *(el("th", d, class_=NUMBER, scope="col") for d in domains))
-    table = el("table", el("thead", head), el("tbody", *rows), class_="heat")
-    return el("div", table, class_="scroll")
-
-
-def _domain_means(g: Group) -> dict[str, float]:
-    """Over the seeds that have the domain."""
-    names = dict.fromkeys(d for r in g.runs for d in r.final.bpb_by_domain)
-    having = {
-        d: [r.final.bpb_by_domain[d] for r in g.runs if d in r.final.bpb_by_domain] for d in names
-    }
-    return {d: sum(values) / len(values) for d, values in having.items()}
-
-
-def _domain_cell(study: Study, value: float | None, base: float | None, reach: float) -> Markup:
-    if value is None:
-        return el("td", text.DASH, class_=NUMBER)
-    gap = value - base if base is not None else 0.0
-    side = "warm" if gap > 0 else "cool"
-    strength = round(100 * min(1.0, abs(gap) / reach)) if isfinite(gap) else 0
-    return el(
-        "td",
-        text.bpb(value, study.digits),
-        class_=f"{NUMBER} {side}",
-        style=f"--s:{strength}%",
-        title=f"{text.signed(gap, study.digits)} to the baseline",
-        data_value=repr(value),
-    )
-
-
 def load_table(study: Study) -> Markup:
     """The four numbers of each MoE layer, per run."""
     heads = ("Variant", "Layer", "Entropy", "Largest share", "Dead", "Zero-computation")
@@ -187,7 +145,11 @@ def load_table(study: Study) -> Markup:
     ]
     head = el("tr", *(_head(h, i > 0) for i, h in enumerate(heads)))
     table = el("table", el("thead", head), el("tbody", *rows), class_="sortable")
-    note = el("p", "Entropy is H / ln E over the FFN experts, 1 when even; dead experts got less than "
-              "a tenth of the even share or nothing.", class_="quiet")  # fmt: skip
+    note = el(
+        "p",
+        "Entropy is H / ln E over the FFN experts, 1 when even. The largest share and the dead are "
+        "of the FFN experts, the zero-computation share is of all assignments.",
+        class_="quiet",
+    )
     summary = el("summary", "Entropy, largest share, dead experts, layer by layer")
     return el("details", summary, note, el("div", table, class_="scroll"))

@@ -1,10 +1,11 @@
 """Numbers as a reader wants them, and HTML in which every text is escaped."""
 
-from html import escape
+import html
 from math import isfinite, log10
 
 DASH = "–"
 MINUS = "\u2212"
+_UNPRINTABLE = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n\r"}  # ␀, ␁, ...
 
 
 class Markup(str):
@@ -16,6 +17,17 @@ class Markup(str):
 Content = str | int | None
 
 
+def escape(given: object, quote: bool = True) -> str:
+    """Text for HTML and for plotly's labels; what no file can hold or no reader see is shown."""
+    text = str(given).encode("utf-8", "replace").decode().translate(_UNPRINTABLE)
+    return html.escape(text, quote)
+
+
+def safe(given: object) -> str:
+    """Text for a label of plotly, which reads a few tags in there."""
+    return escape(given, quote=False)
+
+
 def el(tag: str, *content: Content, **attributes: object) -> Markup:
     """An element; `class_` is class, `data_value` is data-value, None and False leave one out."""
     parts = [tag]
@@ -23,15 +35,25 @@ def el(tag: str, *content: Content, **attributes: object) -> Markup:
         if value is None or value is False:
             continue
         key = name.rstrip("_").replace("_", "-")
-        parts.append(key if value is True else f'{key}="{escape(str(value))}"')
+        parts.append(key if value is True else f'{key}="{escape(value)}"')
     return Markup(f"<{' '.join(parts)}>{join(*content)}</{tag}>")
 
 
 def join(*content: Content) -> Markup:
     """Pieces one after another, escaped unless they are Markup; None is nothing."""
     return Markup(
-        "".join(c if isinstance(c, Markup) else escape(str(c)) for c in content if c is not None)
+        "".join(c if isinstance(c, Markup) else escape(c) for c in content if c is not None)
     )
+
+
+def swatch(colour: str) -> Markup:
+    """A dot in the colour of a variant."""
+    return el("i", class_="swatch", style=f"--c:{colour}")
+
+
+def chip(word: str) -> Markup:
+    """A verdict."""
+    return el("span", word, class_=f"chip {word.replace(' ', '-')}")
 
 
 def si(number: float, unit: str = "") -> str:
@@ -86,7 +108,7 @@ def signed(number: float, digits: int) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share as a percentage."""
-    return f"{100 * share:.{digits}f} %" if isfinite(share) else DASH
+    return f"{100 * share:.{digits}f}\u00a0%" if isfinite(share) else DASH
 
 
 def anchor(text: str) -> str:
