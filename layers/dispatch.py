@@ -75,11 +75,12 @@ def row_weights(weights: Tensor, plan: Plan) -> Tensor:
 def count_experts(experts: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
     """How many assignments each expert has.
 
-    experts: [T, K] int64 in [0, n_experts); mask: [T] bool, False for tokens that do not count.
-    Returns [n_experts] int64.
+    experts: [T, K] int64 in [0, n_experts); mask: [T] or [T, K] bool, False for what does not
+    count. Returns [n_experts] int64.
     """
     if mask is not None:
-        experts = experts.masked_fill(~mask[:, None], n_experts)
+        mask = mask[:, None] if mask.ndim == 1 else mask
+        experts = experts.masked_fill(~mask, n_experts)
     return torch.ops.moe_zoo.count_experts(experts, n_experts)
 
 

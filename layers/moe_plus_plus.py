@@ -1,0 +1,257 @@
+"""MoE++: FFN experts beside experts that compute nothing (arXiv:2410.07348; moe.md 4)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from layers.base import Cost, FFNOutput, Routing, WeightCost
+from layers.capacity import within_capacity
+from layers.dispatch import count_experts, make_plan
+from layers.linear import ExpertLinear, ValueTable, linear
+from layers.moe import check_routing, default_d_expert, experts_cost, flatten_inputs, run_experts
+from layers.names import check_choice, check_positive
+from layers.precision.leaf import Leaf
+from layers.swiglu import GATES
+
+# What the paper trains, and what its authors released, which differ (moe.md 4.3). The released
+# checkpoint also draws every weight but the constants' vectors with std 0.01.
+PRESETS: dict[str, dict[str, object]] = {
+    "paper": {"weights": "paper", "logit_norm": None, "capacity_factor": 1.1, "tau": 0.75},
+    "released": {"weights": "released", "logit_norm": 1.0, "capacity_factor": None, "tau": 0.75},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kinds:
+    """How many experts of each kind; routing order: FFN, constant, copy, zero."""
+
+    d_model: int
+    n_experts: int = 8  # FFN experts
+    n_constant: int | None = None  # None: the paper's table and rule, see `constants`
+    n_copy: int = 1
+    n_zero: int = 1
+
+    def __post_init__(self) -> None:
+        check_positive(d_model=self.d_model, n_experts=self.n_experts)
+        for name in ("n_constant", "n_copy", "n_zero"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def constants(self) -> int:
+        """Constant experts: max(n_experts / 4 - n_zero - n_copy, 1), but 2 for 8 experts.
+
+        The rule gives 1 for 8 experts where the paper's table has 8 + 4.
+        """
+        if self.n_constant is not None:
+            return self.n_constant
+        if (self.n_experts, self.n_copy, self.n_zero) == (8, 1, 1):
+            return 2
+        return max(self.n_experts // 4 - self.n_zero - self.n_copy, 1)
+
+    @property
+    def n_zero_computation(self) -> int:
+        """Experts that have no FFN."""
+        return self.constants + self.n_copy + self.n_zero
+
+    @property
+    def n_routes(self) -> int:
+        """Experts of all kinds."""
+        return self.n_experts + self.n_zero_computation
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """What a router chooses among, in the order of its logits and of `stats["counts"]`."""
+        kinds = {"ffn": self.n_experts, "constant": self.constants}
+        kinds |= {"copy": self.n_copy, "zero": self.n_zero}
+        return tuple(f"{kind} {e}" for kind, count in kinds.items() for e in range(count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEPlusPlusConfig(Kinds):
+    """Sizes and options of a MoE++ layer."""
+
+    d_expert: int | None = None  # hidden width F of an FFN expert; None: as `moe`
+    top_k: int = 2
+    activation: str = "silu"  # of the gate: silu | gelu | relu | identity
+    tau: float = 0.75  # as the router's: share of an FFN expert's use to a zero-computation one's
+    capacity_factor: float | None = 1.1  # gamma, in training; None: dropless
+    capacity_of: str = "assignments"  # gamma times T K slots; "tokens": times T, the paper's letter
+    priority: str = "position"  # who stays: the first tokens, or the largest "weight"
+    limit_zero_computation: bool = True  # capacity holds for zero-computation experts too
+    input_scale: float = 1.0  # on what experts of every kind read; the code's default was top_k
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(top_k=self.top_k, tau=self.tau, input_scale=self.input_scale)
+        check_positive(d_expert=self.hidden)
+        check_choice("activation of moe_plus_plus", self.activation, GATES)
+        check_choice("capacity_of", self.capacity_of, ("assignments", "tokens"))
+        check_choice("priority", self.priority, ("position", "weight"))
+        if self.capacity_factor is not None:
+            check_positive(capacity_factor=self.capacity_factor)
+        if self.top_k > self.n_routes:
+            raise ValueError(
+                f"top_k must be at most the {self.n_routes} experts of all kinds, got {self.top_k}"
+            )
+
+    @property
+    def hidden(self) -> int:
+        """F of one FFN expert, with the default filled in."""
+        if self.d_expert is None:
+            return default_d_expert(self.d_model, max(self.top_k, 1))
+        return self.d_expert
+
+    @property
+    def designed_share(self) -> float:
+        """Share of one zero-computation expert in all assignments at the balance loss's minimum.
+
+        An FFN expert's is tau times it (moe.md 4.4).
+        """
+        return 1 / (self.tau * self.n_experts + self.n_zero_computation)
+
+    @property
+    def slots(self) -> tuple[float, ...]:
+        """Capacity of each expert per real token, before rounding up (moe.md 4.5).
+
+        The paper counts gamma T slots in all, for K T assignments: taken literally, almost half
+        of them are dropped. So T is read as the number of assignments, unless `capacity_of` says
+        "tokens". An expert without a limit has infinitely many.
+        """
+        if self.capacity_factor is None:
+            return (math.inf,) * self.n_routes
+        per_token = self.top_k if self.capacity_of == "assignments" else 1
+        free = self.capacity_factor * per_token * self.designed_share
+        rest = free if self.limit_zero_computation else math.inf
+        return (self.tau * free,) * self.n_experts + (rest,) * self.n_zero_computation
+
+    def cost(self, assignments: float | None = None) -> Cost:
+        """One token's cost; the router counts its own.
+
+        Args:
+            assignments: FFN experts that run for a token, as measured; None: as designed,
+                K tau N_FFN / (tau N_FFN + N_ZC).
+        """
+        if assignments is None:
+            assignments = self.top_k * self.tau * self.n_experts * self.designed_share
+        ffn = experts_cost(self.d_model, self.hidden, self.n_experts, assignments, self.activation)
+        n, d = self.constants, self.d_model
+        if not n:
+            return ffn
+        active = min(n, self.top_k * self.designed_share * n)
+        return ffn + Cost(
+            (
+                WeightCost(
+                    name="constant_mix.weight", role="constant", params=2 * n * d,
+                    flops=4 * n * d, other_flops=6 * n,
+                ),
+                WeightCost(
+                    name="constant.weight", role="constant", params=n * d,
+                    other_flops=2 * active * d, units=n, active_units=active,
+                ),
+            )
+        )  # fmt: skip
+
+
+class ConstantMix(Leaf):
+    """(a_1, a_2) = softmax(W_c x) for every constant expert. Weight [n_constant, 2, D].
+
+    Row 0 weighs the input, row 1 the vector. Run for every token: it is 2 rows an expert.
+    """
+
+    def __init__(self, n_constant: int, d_model: int, *, role: str):
+        super().__init__()
+        self.role = role
+        self.weight = nn.Parameter(torch.empty(n_constant, 2, d_model))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, D]. Returns [T, n_constant, 2] in at least float32."""
+        logits = linear(x, self.weight.flatten(0, 1), None, self.precision)
+        logits = logits.unflatten(-1, self.weight.shape[:2])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
+class MoEPlusPlus(nn.Module):
+    """y = sum over the k chosen of w_k E_k(x), where E is of one of four kinds:
+
+    FFN down(activation(gate(x)) * up(x)); constant a_1 x + a_2 v with (a_1, a_2) = softmax(W_c x);
+    copy x; zero 0. Capacity gamma limits every expert in training alone: the released inference
+    code has none, and a generated token must not depend on its batch.
+    """
+
+    def __init__(self, config: MoEPlusPlusConfig, router: nn.Module):
+        super().__init__()
+        c = self.config = config
+        self.router = router
+        self.gate_up = ExpertLinear(c.n_experts, c.d_model, 2 * c.hidden, role="expert")
+        self.down = ExpertLinear(c.n_experts, c.hidden, c.d_model, role="expert")
+        if c.constants:
+            self.constant_mix = ConstantMix(c.constants, c.d_model, role="constant")
+            self.constant = ValueTable(c.constants, c.d_model, role="constant")  # v
+            nn.init.normal_(self.constant.weight)  # N(0, 1), as the normed input (released code)
+
+    def forward(
+        self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
+    ) -> FFNOutput:
+        """x: [B, S, D]; carry: [B, S, E'], logits of the previous MoE layer; mask: [B, S] bool."""
+        c, (b, s, _) = self.config, x.shape
+        tokens, carry, mask = flatten_inputs(x, carry, mask)
+        routing: Routing = self.router(tokens, carry, mask)
+        check_routing(routing, c.expert_names)
+        if c.input_scale != 1:
+            tokens = tokens * c.input_scale  # after the router has read them
+
+        keep = self._keep(routing, mask)  # [T, K]
+        weights = routing.weights if keep is None else routing.weights.masked_fill(~keep, 0)
+        is_ffn = None if not c.n_zero_computation else routing.experts < c.n_experts
+        planned = keep if is_ffn is None else is_ffn if keep is None else keep & is_ffn
+        plan = make_plan(routing.experts, c.n_experts, planned)
+        y = run_experts(tokens, plan, weights, self.gate_up, self.down, c.activation).type_as(x)
+        if c.constants + c.n_copy:
+            y = self._add_zero_computation(y, tokens, routing.experts, weights)
+        return FFNOutput(
+            y=y.unflatten(0, (b, s)),
+            losses=routing.losses,
+            stats=self._stats(routing.experts, keep, mask),
+            carry=routing.logits.unflatten(0, (b, s)),
+        )
+
+    def _add_zero_computation(
+        self, y: Tensor, tokens: Tensor, experts: Tensor, weights: Tensor
+    ) -> Tensor:
+        """y + what constants and copies give. y, tokens: [T, D]; experts, weights: [T, K]."""
+        c = self.config
+        first_copy = c.n_experts + c.constants
+        is_copy = (experts >= first_copy) & (experts < first_copy + c.n_copy)
+        of_input = weights * is_copy  # [T, K], how much of x each choice gives
+        if c.constants:
+            is_constant = (experts >= c.n_experts) & (experts < first_copy)
+            which = (experts - c.n_experts).clamp(0, c.constants - 1)
+            mix = self.constant_mix(tokens)  # [T, n_constant, 2]
+            mix = mix.gather(1, which[..., None].expand(-1, -1, 2))  # [T, K, 2]
+            share = (weights * is_constant)[..., None] * mix
+            of_input = of_input + share[..., 0]
+            y = y + self.constant(which, share[..., 1]).type_as(y)
+        return torch.addcmul(y, tokens, of_input.sum(-1, keepdim=True).type_as(y))
+
+    def _keep(self, routing: Routing, mask: Tensor | None) -> Tensor | None:
+        """[T, K] bool: assignments that are neither masked nor over capacity; None: all."""
+        c = self.config
+        if c.capacity_factor is None or not self.training:
+            return None if mask is None else mask[:, None].expand_as(routing.experts)
+        slots = torch.tensor(c.slots, dtype=torch.float64, device=routing.experts.device)
+        by = routing.weights if c.priority == "weight" else None
+        return within_capacity(routing.experts, slots, mask, by)
+
+    def _stats(
+        self, experts: Tensor, keep: Tensor | None, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Assignments that ran, by expert; those dropped by capacity; those without an FFN."""
+        c = self.config
+        counts = count_experts(experts, c.n_routes, keep)
+        dropped = count_experts(experts, c.n_routes, mask).sum() - counts.sum()
+        free = counts[c.n_experts :].sum()
+        return {"counts": counts, "dropped": dropped, "zero_computation": free}
