@@ -1,0 +1,169 @@
+"""The command `zoo`. Nothing heavy is imported before a command needs it."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PACKAGES = ("layers", "routers", "zoo", "recipes")
+EXIT_ERROR = 2  # a known error, in one line on stderr
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="zoo",
+    help="Feed-forward and mixture-of-experts variants by name, in any precision, compared fairly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="What differs from the file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help='A glob, e.g. "moe*".')] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """Variants, routers and precisions."""
+    from recipes import show
+
+    show.catalogue(pattern, as_json)
+
+
+@app.command()
+def describe(name: Annotated[str, typer.Argument()], as_json: AsJson = False) -> None:
+    """The card of a variant or router: paper, equation, options, cost."""
+    from recipes import show
+
+    show.card(name, as_json)
+
+
+@app.command()
+def cost(name: Annotated[str, typer.Argument()], options: Overrides = None,
+         as_json: AsJson = False) -> None:  # fmt: skip
+    """What one token costs in a variant: zoo cost moe d_model=512 n_experts=64 precision=nvfp4."""
+    from recipes import load, show
+
+    show.cost(name, load.parse(options or []), as_json)
+
+
+@app.command()
+def train(recipe: Annotated[str, typer.Argument(help="A file, or a shipped one's name.")],
+          overrides: Overrides = None, as_json: AsJson = False) -> None:  # fmt: skip
+    """Train one recipe; out=DIR says where (default runs/RECIPE)."""
+    from recipes import load
+
+    said = load.parse(overrides or [])
+    out = said.pop("out", None) or f"runs/{Path(recipe).stem}"
+    settled = load.load(recipe, said)
+    from recipes.train import train as run
+
+    result = run(settled, str(out))
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
+def compare(comparison: Annotated[str, typer.Argument(help="A file, or a shipped one's name.")],
+            overrides: Overrides = None, as_json: AsJson = False) -> None:  # fmt: skip
+    """Train the runs of a comparison that are missing, and write the report."""
+    from recipes import compare as comparing
+    from recipes import show
+    from recipes.comparison import read_comparison
+
+    plan = read_comparison(comparison, overrides or [])
+    show.plan(plan)
+    report = comparing.compare(plan)
+    if as_json:
+        print((plan.out / "results.json").read_text(), end="")
+    else:
+        show.results(plan.out / "results.json")
+        print(f"report: {report}", flush=True)
+
+
+@app.command()
+def report(
+    dirs: Annotated[list[Path], typer.Argument(help="Runs or comparisons.")],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Also PNG and SVG figures, here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lay finished runs side by side in one HTML file."""
+    from recipes.report import read_runs, write_figures, write_report
+
+    results = read_runs(dirs)
+    written = [write_report(results, out or dirs[0] / "report.html")]
+    if figures:
+        written += write_figures(results, figures)
+    if as_json:
+        print(json.dumps([str(path) for path in written]))
+    else:
+        for path in written:
+            print(f"report: {path}" if path.suffix == ".html" else f"figure: {path}")
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
+    prompt: Annotated[str, typer.Option(help="What to go on with.")] = "The ",
+    tokens: Annotated[int, typer.Option(help="How many to add.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Text from a trained model."""
+    from recipes.sample import continue_text
+
+    text = continue_text(
+        run, prompt, max_new_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    print(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)
+
+
+def check_installation() -> None:
+    """Raise where one of the packages comes from elsewhere than this one.
+
+    Their names are common words, so a folder of the same name on the path can stand in front.
+    """
+    root = Path(__file__).resolve().parents[1]
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places: list[Any] = [] if spec is None else list(spec.submodule_search_locations or [])
+        places = places or [spec.origin if spec else None]
+        place = Path(places[0]).resolve() if places[0] else None
+        if place is None or place.parent != root:
+            raise ValueError(
+                f"package {name!r} comes from {place}, not from {root / name}: rename that folder, "
+                "leave the directory that it is in, or take that off PYTHONPATH"
+            )
+
+
+def main() -> None:
+    """Entry point: a known error is one line on stderr and exit status 2, without a traceback."""
+    try:
+        check_installation()
+        app()
+    except ValueError as error:
+        _say(error)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on from the last checkpoint")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _say(error: object) -> None:
+    print(f"zoo: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The curve of a run: a row per logging interval and per evaluation, kept in the checkpoint."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from recipes.data import TextData
+from recipes.metrics import Evaluation, evaluate, expert_names
+from recipes.report.records import LayerLoad, Point
+from recipes.task import LanguageModelTask
+
+LOAD_KEYS = ("entropy", "largest_share", "dead", "zero_computation_share")
+
+Row = dict[str, float | None]
+
+
+class Curve(Callback):
+    """Logs a row every `log_every` and every `eval_every` steps, the same keys in each.
+
+    Rows live in the checkpoint and are logged again on resume, so that none is lost or doubled.
+    Between rows nothing waits for the device. `train_s` counts the steps alone: no start,
+    evaluation or checkpoint.
+    """
+
+    def __init__(self, data: TextData, *, log_every: int, eval_every: int, tokens: int,
+                 flops: float):  # fmt: skip
+        """tokens, flops: of one optimizer step; training FLOPs."""
+        self.data, self.log_every, self.eval_every = data, log_every, eval_every
+        self.tokens, self.flops = tokens, flops
+        self.rows: list[Row] = []
+        self.train_s = 0.0
+        self._since: float | None = None  # when the clock was last started
+        self._sums: dict[str, Tensor | float] = {}  # of the row in the making
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, which weights_only loads; the row in the making too."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {"rows": [dict(row) for row in self.rows], "train_s": self.train_s, "sums": sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rows = [dict(row) for row in state_dict["rows"]]
+        self.train_s = state_dict["train_s"]
+        self._sums = dict(state_dict["sums"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log again what the run had logged."""
+        for row in self.rows:
+            self._write(trainer, row)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count time again after a pause."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Count no training time until the next step starts."""
+        if self._since is not None:
+            self.train_s += time.perf_counter() - self._since
+            self._since = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Add a micro-batch; write a row where one is due."""
+        assert isinstance(pl_module, LanguageModelTask)
+        self._add(outputs, batch)
+        step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        evaluates = step % self.eval_every == 0 or step == trainer.max_steps
+        if not evaluates and step % self.log_every:
+            return
+        row = self._close(step) | {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
+        self.pause()
+        row |= (
+            self._evaluated(pl_module) if evaluates else dict.fromkeys(self._eval_keys(pl_module))
+        )
+        self.rows.append(row)
+        self._write(trainer, row)
+
+    def _add(self, outputs: dict[str, Any], batch: Any) -> None:
+        added = {"nats": outputs["nats"], "bytes": batch.n_bytes.sum(), "batches": 1.0}
+        added |= {f"loss/{name}": value for name, value in outputs["losses"].items()}
+        for name, value in added.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def _close(self, step: int) -> Row:
+        """The interval's means; the sums start anew.
+
+        Raises:
+            ValueError: when the loss is no longer a number.
+        """
+        sums = {name: float(value) for name, value in self._sums.items()}  # waits for the device
+        now = self.train_s + (time.perf_counter() - self._since if self._since else 0.0)
+        if not math.isfinite(sums["nats"]):
+            raise ValueError(
+                f"the loss became {sums['nats']} by step {step}: lower optim.lr, or clip gradients "
+                "with optim.clip_norm"
+            )
+        before = self.rows[-1] if self.rows else {"tokens": 0, "train_s": 0.0}
+        row: Row = {
+            "step": step,
+            "tokens": step * self.tokens,
+            "flops": step * self.flops,
+            "train_s": now,
+            "tokens_per_s": (step * self.tokens - (before["tokens"] or 0))
+            / max(now - (before["train_s"] or 0.0), 1e-9),
+            "train_bpb": sums["nats"] / max(sums["bytes"], 1.0) / math.log(2),
+        }
+        losses = {name: v / sums["batches"] for name, v in sums.items() if name.startswith("loss/")}
+        self._sums = {}
+        return row | losses
+
+    def _eval_keys(self, task: LanguageModelTask) -> list[str]:
+        domains = [f"eval_bpb/{domain}" for domain in self.data.domains]
+        loads = [f"load/{key}" for key in LOAD_KEYS] if expert_names(task.model) else []
+        return ["eval_bpb", *domains, *loads]
+
+    def _evaluated(self, task: LanguageModelTask) -> Row:
+        """Bits per byte on the thinned validation part; router load averaged over layers."""
+        found = evaluate(task.model, self.data.val_dataloader(), self.data.domains)
+        final = found.bpb.final()
+        row: Row = dict.fromkeys(self._eval_keys(task))
+        row["eval_bpb"] = final.bpb
+        row |= {f"eval_bpb/{domain}": bpb for domain, bpb in final.bpb_by_domain.items()}
+        return row | mean_load(found.load.loads())
+
+    def _write(self, trainer: pl.Trainer, row: Row) -> None:
+        step = int(row["step"] or 0)
+        logged = {name: value for name, value in row.items() if name != "step"}
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.log_metrics(logged, step)  # pyright: ignore[reportArgumentType]
+            else:
+                logger.log_metrics({k: v for k, v in logged.items() if v is not None}, step)
+
+    def points(self) -> tuple[Point, ...]:
+        """The rows as result.json keeps them."""
+        names = Point.__dataclass_fields__
+        return tuple(Point(**{name: row[name] for name in names}) for row in self.rows)  # pyright: ignore
+
+    def tokens_per_s(self) -> float:
+        """Median over the rows but the first, whose interval holds the warm-up."""
+        speeds = [row["tokens_per_s"] or 0.0 for row in self.rows]
+        return statistics.median(speeds[1:] or speeds)
+
+
+def final_evaluation(task: LanguageModelTask, data: TextData) -> Evaluation:
+    """The whole validation part."""
+    return evaluate(task.model, data.eval_loader("validation"), data.domains)
+
+
+def mean_load(load: Sequence[LayerLoad]) -> Row:
+    """The scalars of router load, averaged over the MoE layers."""
+    return {
+        f"load/{key}": sum(getattr(layer, key) for layer in load) / len(load)
+        for key in LOAD_KEYS
+        if load
+    }

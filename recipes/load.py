@@ -1,0 +1,233 @@
+"""From files and `key=value` to a checked recipe: dataclasses < one YAML < overrides."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from layers.names import check_positive
+from recipes.optim import check_optim
+from recipes.schema import Recipe
+from recipes.text import corpus_row, tokenizer_row
+from zoo.precision import policy_of
+
+T = TypeVar("T")
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
+    """A checked recipe.
+
+    Args:
+        source: a YAML file, the bare name of a shipped one ("moe"), or a plain mapping.
+        overrides: `key=value` strings with dotted keys, or a mapping merged over the source.
+
+    Raises:
+        ValueError: in one line, with the dotted path, what is allowed and the nearest name.
+    """
+    plain = dict(source) if isinstance(source, Mapping) else read_yaml(find(source, "recipes"))
+    recipe = merge(Recipe, plain, overrides, what="recipe")
+    check(recipe)
+    return recipe
+
+
+def find(source: str | Path, package: str) -> Path:
+    """The file of that path, or the YAML of that bare name that the package ships."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    folder = Path(str(resources.files(package)))
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    if str(source) in names:
+        return folder / f"{source}.yaml"
+    near = difflib.get_close_matches(str(source), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"no file {str(source)!r}, and {package} ships none of that name.{hint} "
+        f"Shipped: {', '.join(names)}"
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that one YAML file holds."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {_one_line(error)}") from None
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path} must hold a mapping of keys, got a {type(plain).__name__}")
+    return typing.cast("dict[str, Any]", plain)
+
+
+def parse(overrides: Overrides) -> dict[str, Any]:
+    """`key=value` strings as a nested mapping; a mapping is handed back as it is."""
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"expected key=value, got {text!r}")
+    try:
+        plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read {' '.join(overrides)}: {_one_line(error)}") from None
+    return typing.cast("dict[str, Any]", plain)
+
+
+def merge(schema: type[T], plain: Mapping[str, Any], overrides: Overrides, *, what: str) -> T:
+    """An instance of the dataclass `schema`, whatever is not said taken from its defaults."""
+    said = parse(overrides)
+    for part in (plain, said):
+        check_keys(schema, part, what=what)
+    try:
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(schema, dict(plain), said)))
+    except OmegaConfBaseException as error:
+        raise _type_error(schema, error, flatten(plain) | flatten(said), what) from None
+
+
+def to_plain(recipe: Any) -> dict[str, Any]:
+    """A recipe as dicts, lists and scalars, every default written out."""
+    return _listed(OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True))
+
+
+def to_yaml(recipe: Any) -> str:
+    """A recipe as YAML that `load` reads back equal."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe)), resolve=True)
+
+
+def flatten(plain: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted path: leaf}. Lists are leaves."""
+    if not isinstance(plain, Mapping) or not plain:
+        return {prefix: plain} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Dotted paths in which two plain recipes differ."""
+    a, b = flatten(_listed(one)), flatten(_listed(other))
+    missing = object()
+    return [path for path in {**a, **b} if a.get(path, missing) != b.get(path, missing)]
+
+
+def check(recipe: Recipe) -> None:
+    """Raise for numbers, names and choices that no run could use, before anything is built."""
+    trainer, data = recipe.trainer, recipe.data
+    numbers: dict[str, int | None] = {
+        "max_steps": trainer.max_steps,
+        "accumulate": trainer.accumulate,
+        "eval_every_steps": trainer.eval_every_steps,
+        "checkpoint_every_steps": trainer.checkpoint_every_steps,
+        "log_every_steps": trainer.log_every_steps,
+        "devices": trainer.devices,
+        "threads": trainer.threads,
+    }
+    check_positive(**{f"trainer.{k}": n for k, n in numbers.items() if n is not None})
+    check_positive(**{"data.seq_len": data.seq_len, "data.batch_size": data.batch_size})
+    if recipe.seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {recipe.seed}")
+    check_optim(recipe.optim)
+    corpus_row(data.corpus)
+    vocab_size = tokenizer_row(data.tokenizer).vocab_size
+    if recipe.model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size must be at least {vocab_size} for tokenizer {data.tokenizer!r}, "
+            f"got {recipe.model.vocab_size}"
+        )
+    if recipe.model.max_seq_len < data.seq_len:
+        raise ValueError(
+            f"model.max_seq_len must be at least data.seq_len={data.seq_len}, "
+            f"got {recipe.model.max_seq_len}"
+        )
+    recipe.model.layers()
+    policy_of(recipe.precision)
+
+
+def check_keys(
+    schema: type, plain: Any, *, what: str, path: str = "", root: type | None = None
+) -> None:
+    """Raise for the first key that the dataclass, or one inside it, does not have."""
+    if not isinstance(plain, Mapping):
+        return
+    root = root or schema
+    hints = typing.get_type_hints(schema)
+    names = [f.name for f in dataclasses.fields(schema)]
+    for key, value in plain.items():
+        here = f"{path}.{key}" if path else str(key)
+        if key not in names:
+            raise ValueError(_unknown_key(here, names, root, what))
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"{what}: {here} must be a mapping, got {value!r}. "
+                    f"Known: {', '.join(f.name for f in dataclasses.fields(hints[key]))}"
+                )
+            check_keys(hints[key], value, what=what, path=here, root=root)
+
+
+def _unknown_key(here: str, siblings: Iterable[str], root: type, what: str) -> str:
+    """One line: the key, the nearest right one beside it or elsewhere, and what is known there."""
+    section, _, leaf = here.rpartition(".")
+    everywhere = list(_paths(root))
+    elsewhere = [p for p in everywhere if p.rpartition(".")[2] == leaf]
+    prefix = f"{section}." if section else ""
+    near = [f"{prefix}{n}" for n in difflib.get_close_matches(leaf, list(siblings), n=1)]
+    best = (near or elsewhere or difflib.get_close_matches(here, everywhere, n=1))[:1]
+    hint = f" Did you mean {best[0]!r}?" if best else ""
+    place = f" in {section}" if section else ""
+    return f"unknown {what} key {here!r}.{hint} Known{place}: {', '.join(siblings)}"
+
+
+def _paths(schema: type, prefix: str = "") -> Iterable[str]:
+    """Every dotted path that the dataclass and those inside it name."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        yield f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _paths(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
+
+
+def _type_error(
+    schema: type, error: OmegaConfBaseException, given: dict[str, Any], what: str
+) -> ValueError:
+    """One line from what OmegaConf says in several, or without the path: try key by key."""
+    for path, value in given.items():
+        alone = OmegaConf.create()
+        OmegaConf.update(alone, path, value, force_add=True)
+        try:
+            OmegaConf.merge(schema, alone)
+        except OmegaConfBaseException:
+            return ValueError(f"{what}: {path} must be {_type_name(schema, path)}, got {value!r}")
+    return ValueError(f"{what}: {_one_line(error)}")
+
+
+def _type_name(schema: type, path: str) -> str:
+    """How the dataclass annotates a dotted path, as a reader would say it."""
+    hint: Any = schema
+    for name in path.replace("[", ".").replace("]", "").split("."):
+        if not dataclasses.is_dataclass(hint):
+            break
+        hint = typing.get_type_hints(typing.cast(type, hint)).get(name, Any)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+
+
+def _listed(plain: Any) -> Any:
+    """Tuples as lists, as YAML and JSON give them back."""
+    if isinstance(plain, dict):
+        return {str(key): _listed(value) for key, value in plain.items()}
+    return [_listed(value) for value in plain] if isinstance(plain, list | tuple) else plain
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

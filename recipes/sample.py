@@ -1,0 +1,37 @@
+"""Text from a finished run."""
+
+from pathlib import Path
+
+from layers.names import check_positive
+from recipes import load
+from recipes.text import tokenizer
+from zoo.generate import generate
+from zoo.model import build
+from zoo.pretrained import load_weights
+
+
+def continue_text(
+    run: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, seed: int
+) -> str:
+    """What the model of a run directory goes on with after `prompt`.
+
+    Raises:
+        ValueError: for a directory without a finished run, damaged weights, an empty prompt, or
+            an option out of range.
+    """
+    if not (run / "recipe.yaml").is_file() or not (run / "weights.safetensors").is_file():
+        raise ValueError(
+            f"{run}: no recipe.yaml and weights.safetensors there: is it a finished run?"
+        )
+    check_positive(tokens=max_new_tokens)
+    if not prompt:
+        raise ValueError("prompt is empty: give at least one character")
+    recipe = load.load(run / "recipe.yaml")
+    model = build(recipe)
+    load_weights(model, run / "weights.safetensors")
+    encoder = tokenizer(recipe.data.tokenizer)
+    ids = encoder.encode(prompt)[None]
+    new = generate(
+        model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    return encoder.decode(new[0, ids.shape[1] :])

@@ -1,0 +1,88 @@
+"""A recipe as a LightningModule: build the model, sum the losses. Everything else is a callback."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+import zoo
+from recipes.batches import Batch
+from recipes.metrics import Evaluation, token_nats
+from recipes.optim import build_optimizer, build_schedule
+from recipes.schema import Recipe
+
+
+def build_model(recipe: Recipe) -> zoo.LanguageModel:
+    """The recipe's language model with weights drawn from its seed, in its precision."""
+    torch.manual_seed(recipe.seed)
+    model = zoo.build(recipe)
+    model.activation_checkpointing = recipe.trainer.activation_checkpointing
+    return model
+
+
+def weighted(losses: dict[str, Tensor], weights: dict[str, float]) -> list[Tensor]:
+    """Each loss times its weight.
+
+    Raises:
+        ValueError: for a loss that no weight is given for; nothing is left out in silence.
+    """
+    missing = sorted(losses.keys() - weights.keys())
+    if missing:
+        raise ValueError(
+            f"loss_weights names no weight for {missing}: add one, 0.0 turns a loss off"
+        )
+    return [weights[name] * loss for name, loss in losses.items() if weights[name]]
+
+
+class LanguageModelTask(pl.LightningModule):
+    """Next-token prediction: mean cross-entropy in fp32 + sum of weight * auxiliary loss.
+
+    With accumulation the auxiliary losses are means of those of each micro-batch.
+    """
+
+    def __init__(self, recipe: Recipe, domains: tuple[str, ...]):
+        super().__init__()
+        self.recipe, self.domains = recipe, domains
+        self.model = build_model(recipe)
+        if recipe.trainer.compile:
+            self.model.compile()
+        self._evaluation: Evaluation | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """`loss` to minimise; detached: `nats` summed over targets, `losses` unweighted."""
+        output = self.model(batch.tokens, mask=batch.mask)
+        nats = token_nats(output.logits, batch.targets)  # [B, S]
+        ce = nats.mean() if batch.mask is None else nats[batch.mask].mean()
+        loss = sum(weighted(output.losses, self.recipe.loss_weights), start=ce)
+        return {
+            "loss": loss,
+            "nats": nats.detach().sum(dtype=torch.float64),
+            "losses": {name: value.detach() for name, value in output.losses.items()},
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        """Start sums anew."""
+        self._evaluation = Evaluation(self.model, self.domains)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """For `Trainer.validate`; a run evaluates by the callback, at its own steps."""
+        assert self._evaluation is not None
+        self._evaluation.update(self.model(batch.tokens, mask=batch.mask), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log bits per byte, in all and by domain."""
+        assert self._evaluation is not None
+        final = self._evaluation.bpb.final()
+        self.log("eval_bpb", final.bpb)
+        self.log_dict({f"eval_bpb/{domain}": bpb for domain, bpb in final.bpb_by_domain.items()})
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, stepped once per optimizer step."""
+        recipe = self.recipe
+        optimizer = build_optimizer(self.model, recipe.optim)
+        schedule = build_schedule(optimizer, recipe.optim, recipe.trainer.max_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

@@ -1,0 +1,221 @@
+"""Train a recipe into a run directory; go on where a killed run stopped."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from safetensors.torch import save_file
+
+from layers.base import Cost
+from recipes import load, record
+from recipes.callbacks import AtomicCheckpoints, Progress, SaveLast, SeedEachBatch, read_checkpoint
+from recipes.costing import run_cost, whole_model_cost
+from recipes.curve import Curve, final_evaluation
+from recipes.data import TextData
+from recipes.names import ffn_label, precision_label
+from recipes.report.records import SCHEMA, Run, Sample, Speed
+from recipes.runtime import settings
+from recipes.schema import Recipe
+from recipes.task import LanguageModelTask
+from zoo.generate import generate
+from zoo.pretrained import own_tensors
+
+LOCK_WAIT_S = 5.0  # a run that was killed may take a moment to be gone
+SAMPLE_TOKENS = 200
+SAMPLE_PROMPT = "The "
+
+
+def train(recipe: Recipe, out: Path | str, *, variant: str | None = None) -> dict[str, Any]:
+    """Train, evaluate on the whole validation part, and leave a run directory.
+
+    A directory whose run is finished is only read; one whose run was killed is gone on with.
+
+    Args:
+        recipe: what to train.
+        out: the run directory.
+        variant: its label in a comparison; None: the catalogue's name of its FFN.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ValueError: when the directory holds another recipe's run, is in use, or is damaged.
+    """
+    out = Path(out)
+    load.check(recipe)
+    busy = f"{out} is in use by another run: wait for it, or give another out="
+    with record.locked(out / ".lock", busy, wait_s=LOCK_WAIT_S):
+        _claim(recipe, out)
+        done = record.read_result(out)
+        if done is not None:
+            print(f"{done['id']}: already finished in {out}", flush=True)
+            return done
+        with settings(recipe.trainer):
+            return _train(recipe, out, variant or ffn_label(recipe.model.ffn))
+
+
+def _claim(recipe: Recipe, out: Path) -> None:
+    """Write recipe.yaml, or refuse where another recipe's run lies."""
+    path = out / "recipe.yaml"
+    plain = load.to_plain(recipe)
+    if path.is_file():
+        differing = load.differences(load.read_yaml(path), plain)
+        if differing:
+            raise ValueError(
+                f"{out} holds a run of another recipe (differs in {', '.join(differing)}): "
+                "give another out=, or delete it"
+            )
+    else:
+        record.write_text(path, load.to_yaml(recipe))
+
+
+def _train(recipe: Recipe, out: Path, variant: str) -> dict[str, Any]:
+    run_id = f"{variant}-{precision_label(recipe.precision)}-s{recipe.seed}"
+    fingerprint = record.fingerprint(load.to_plain(recipe))
+    about = {
+        "versions": record.versions(),
+        "commit": record.commit(),
+        "machine": record.machine(torch.get_num_threads()),
+    }
+    record.write_json(
+        out / "meta.json",
+        {"id": run_id, "variant": variant, "seed": recipe.seed, "recipe_sha256": fingerprint}
+        | about,
+    )
+    last = out / "checkpoints" / "last.ckpt"
+    resumed = _resumable(last, fingerprint)
+    data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
+    task = LanguageModelTask(recipe, data.domains)
+    cost = whole_model_cost(recipe)
+    curve = _curve(recipe, data, cost)
+    trainer = _trainer(recipe, out, [
+        SeedEachBatch(recipe.seed),
+        curve,
+        Progress(run_id, curve),
+        SaveLast(last, recipe.trainer.checkpoint_every_steps, curve, fingerprint),
+    ])  # fmt: skip
+    with _interruptible(trainer):
+        trainer.fit(task, data, ckpt_path=str(last) if resumed else None, weights_only=True)
+    return _finish(recipe, out, task, data, curve, cost, run_id, variant, about)
+
+
+def _resumable(last: Path, fingerprint: str) -> bool:
+    """Whether there is a checkpoint; raises where it is damaged or of another recipe."""
+    if not last.is_file():
+        return False
+    if read_checkpoint(last).get("recipe_sha256") != fingerprint:
+        raise ValueError(
+            f"checkpoint {last} is of another recipe: delete it to train from the start"
+        )
+    return True
+
+
+def _curve(recipe: Recipe, data: TextData, cost: Cost) -> Curve:
+    trainer = recipe.trainer
+    tokens = recipe.data.batch_size * recipe.data.seq_len * trainer.accumulate * trainer.devices
+    return Curve(
+        data,
+        log_every=trainer.log_every_steps,
+        eval_every=trainer.eval_every_steps,
+        tokens=tokens,
+        flops=tokens * cost.training_flops,
+    )
+
+
+def _trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A lean Trainer: it loops, clips, accumulates and resumes; nothing else per step."""
+    (out / "metrics.csv").unlink(missing_ok=True)  # the curve in the checkpoint fills it again
+    loggers: list[Any] = [CSVLogger(out, name="", version="", flush_logs_every_n_steps=1)]
+    if "tensorboard" in record.versions():
+        loggers.append(TensorBoardLogger(out, name="tensorboard", version=""))
+    config = recipe.trainer
+    return pl.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=recipe.optim.clip_norm,
+        precision="32-true",  # the leaves have a precision of their own
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpoints()],
+        limit_val_batches=0,  # the curve evaluates, so that a checkpoint follows its row
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.log_every_steps,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+@contextlib.contextmanager
+def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """Lightning ends the process on Ctrl-C and deafens it to the next; give both back."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, handler)
+
+
+def _finish(
+    recipe: Recipe, out: Path, task: LanguageModelTask, data: TextData, curve: Curve, cost: Cost,
+    run_id: str, variant: str, about: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    evaluation = final_evaluation(task, data)
+    with record.replacing(out / "weights.safetensors") as part:
+        save_file(
+            {name: t.detach().contiguous() for name, t in own_tensors(task.model).items()}, part
+        )
+    (out / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
+    steps = recipe.trainer.max_steps
+    result = Run(
+        schema=SCHEMA,
+        id=run_id,
+        variant=variant,
+        ffn=ffn_label(recipe.model.ffn),
+        precision=precision_label(recipe.precision),
+        seed=recipe.seed,
+        recipe=load.to_plain(recipe),
+        **about,
+        steps=steps,
+        tokens=steps * curve.tokens,
+        cost=run_cost(cost, tied=recipe.model.tie_embeddings),
+        final=evaluation.bpb.final(),
+        speed=Speed(
+            tokens_per_s=curve.tokens_per_s(),
+            train_s=curve.train_s,
+            peak_memory_bytes=float(record.peak_memory_bytes()),
+        ),
+        curve=curve.points(),
+        load=evaluation.load.loads(),
+        losses=evaluation.losses,
+        sample=Sample(prompt=SAMPLE_PROMPT, text=sample(task, data)),
+    )
+    plain = asdict(result)
+    record.write_json(out / "result.json", plain)
+    final = result.final
+    print(
+        f"{run_id}: {final.bpb:.4f} bits/byte on {final.eval_bytes:,} bytes, in {out}", flush=True
+    )
+    return cast("dict[str, Any]", record.read_result(out))
+
+
+def sample(task: LanguageModelTask, data: TextData) -> str:
+    """What the model goes on with after a fixed prompt, drawn from a fixed seed."""
+    prompt = data.tokenizer.encode(SAMPLE_PROMPT)[None].to(task.device)
+    n_tokens = min(SAMPLE_TOKENS, task.recipe.model.max_seq_len - prompt.shape[1])
+    tokens = generate(task.model, prompt, max_new_tokens=n_tokens, seed=0)
+    return data.tokenizer.decode(tokens[0, prompt.shape[1] :])
