@@ -17,13 +17,13 @@ class ChainConfig:
 
     d_model: int
     n_experts: int = 3
-    d_carry: int | None = None
+    n_carry: int | None = None
 
     def cost(self):
         items = [WeightCost(name="weight", role="router", params=self.n_experts * self.d_model)]
-        if self.d_carry:
+        if self.n_carry:
             items.append(
-                WeightCost(name="gate", role="router", params=self.n_experts * self.d_carry)
+                WeightCost(name="gate", role="router", params=self.n_experts * self.n_carry)
             )
         return Cost(tuple(items))
 
@@ -33,7 +33,7 @@ class Chain(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.randn(config.n_experts, config.d_model))
-        gate = config.d_carry and torch.randn(config.n_experts, config.d_carry)
+        gate = config.n_carry and torch.randn(config.n_experts, config.n_carry)
         self.gate = nn.Parameter(gate) if gate is not None else None
 
     def forward(self, x, carry=None):

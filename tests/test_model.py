@@ -94,7 +94,7 @@ def test_padded_prompts_decode_like_each_alone():
 def test_the_last_routers_logits_reach_later_layers_over_dense_ones():
     model, ids = LanguageModel(MIXED), tokens()
     first, last = model.blocks[0].ffn.router, model.blocks[2].ffn.router
-    assert first.config.d_carry is None
+    assert first.config.n_carry is None
     assert last.gate.shape == (5, 3)  # N_j x N_{j-1}
     assert [set(s) for s in model(ids).stats] == [{"counts"}, set(), {"counts"}]
     handed = {}
@@ -334,6 +334,8 @@ def test_config_errors(change, message):
         ({"ffn": ["swiglu", "swigul", "swiglu"]}, "layer 1: unknown FFN .* Did you mean 'swiglu'"),
         ({"ffn": {"name": "swiglu", "d_f": 3}}, "layer 0: unknown option of swiglu 'd_f'"),
         ({"ffn": {"name": "toy", "d_model": 3}}, "layer 0: d_model is the model's"),
+        ({"ffn": {"name": "toy", "n_carry": 3}}, "layer 0: n_carry is the model's"),
+        ({"ffn": {"name": "toy", "router": {"name": "chain", "n_carry": 3}}}, "n_carry is the"),
         ({"ffn": {"name": "toy", "n_experts": 0}}, "layer 0: n_experts must be positive"),
         ({"ffn": {"name": "swiglu", "router": "chain"}}, "layer 0: swiglu routes nothing"),
         ({"ffn": "toy", "router": "chian"}, "layer 0: unknown router 'chian'. Did you mean"),
@@ -348,7 +350,7 @@ def test_errors_of_a_layer_say_which(change, message):
 def test_the_models_router_is_every_routing_layers_default():
     ffn = ["toy", "swiglu", {"name": "toy", "router": "chain"}]
     config = replace(TINY, ffn=ffn, router={"name": "chain", "n_experts": 3})
-    assert [c.router_config and c.router_config.d_carry for c in config.layers()] == [None, None, 3]
+    assert [c.router_config and c.router_config.n_carry for c in config.layers()] == [None, None, 3]
 
 
 def test_config_goes_through_omegaconf_and_back():

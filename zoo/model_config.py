@@ -80,28 +80,30 @@ class ModelConfig:
     def layers(self) -> tuple[Choice, ...]:
         """Each layer's FFN with every option settled.
 
-        A router whose config has `d_carry` is told how many logits the last routing layer before
+        A router whose config has `n_carry` is told how many logits the last routing layer before
         it hands on, or None if there is none.
         """
         choices: list[Choice] = []
-        d_carry = None
+        n_carry = None
         for i, layer in enumerate(layer_choices(self.ffn, self.n_layers)):
             try:
-                choice = self._settle(layer, d_carry)
+                choice = self._settle(layer, n_carry)
             except ValueError as error:
                 raise ValueError(f"layer {i}: {error}") from None
             choices.append(choice)
-            d_carry = _n_logits(choice) or d_carry
+            n_carry = _n_logits(choice) or n_carry
         return tuple(choices)
 
-    def _settle(self, layer: LayerChoice, d_carry: int | None) -> Choice:
-        if "d_model" in layer.options:
-            raise ValueError("d_model is the model's: leave it out of ffn")
+    def _settle(self, layer: LayerChoice, n_carry: int | None) -> Choice:
+        own = layer.router if isinstance(layer.router, Mapping) else {}
+        for name in ("d_model", "n_carry"):
+            if name in layer.options or name in own:
+                raise ValueError(f"{name} is the model's: leave it out of ffn")
         default = self.router if find(layer.ffn).router is not None else None
         router = default if layer.router is None else layer.router
         choice = resolve(layer.ffn, router=router, d_model=self.d_model, **layer.options)
-        if hasattr(choice.router_config, "d_carry"):
-            return replace(choice, router_config=replace(choice.router_config, d_carry=d_carry))
+        if hasattr(choice.router_config, "n_carry"):
+            return replace(choice, router_config=replace(choice.router_config, n_carry=n_carry))
         return choice
 
 
