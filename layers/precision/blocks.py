@@ -76,6 +76,13 @@ def to_grid(y: Tensor, grid: Grid) -> Tensor:
     return (rounded.view(torch.int32) | (bits & SIGN)).view(torch.float32)
 
 
+def _per_block(x: Tensor) -> Tensor:
+    """x itself. Inductor stores what an as_strided reads, so that it works a scale out once for a
+    block; otherwise it would do so again for every element and part the loops.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
 def power_of_two(code: Tensor) -> Tensor:
     """2^(code - 127) in float32 for E8M0 codes 0..254. code: int32."""
     return (code << 23).clamp(min=TINIEST_SCALE).view(torch.float32)
@@ -87,13 +94,13 @@ def _floor(peak: Tensor, grid: Grid) -> Tensor:
 
 def _rceil(peak: Tensor, grid: Grid) -> Tensor:
     ratio = (peak.view(torch.float32) * (1.0 / grid.largest)).view(torch.int32)
-    code, mantissa = ratio >> 23, ratio & 0x7FFFFF
-    subnormal = (code == 0).int() * TINIEST_SCALE  # there 2^-127 itself has a mantissa
-    return code + (mantissa > subnormal).int()
+    # carry into the exponent unless the mantissa is zero; a subnormal, unless at most 2^-127
+    carry = ((ratio >> 23).clamp(max=1) << 22) + 0x3FFFFF
+    return (ratio + carry) >> 23
 
 
 def _ceil(peak: Tensor, grid: Grid) -> Tensor:
-    return (peak >> 23) + ((peak & 0x7FFFFF) > 0).int() - grid.max_exponent
+    return ((peak + 0x7FFFFF) >> 23) - grid.max_exponent
 
 
 def _even(peak: Tensor, grid: Grid) -> Tensor:
@@ -129,10 +136,11 @@ def encode_mx(
         The decoded values, in the shape of x.
     """
     del tensor_peak
-    peak = (x.view(torch.int32) & SIZE).amax(dims, keepdim=True)
-    code = MX_RULES[rule](peak, grid).clamp(0, 254)
-    scale = torch.where(peak > INFINITY, math.nan, power_of_two(code))
-    return to_grid(x * power_of_two(254 - code), grid) * scale
+    peak = x.abs().amax(dims, keepdim=True).view(torch.int32) & SIZE  # of NaN: above INFINITY
+    code = MX_RULES[rule](peak.clamp(max=INFINITY), grid).clamp(0, 254)
+    scale = _per_block(torch.where(peak > INFINITY, math.nan, power_of_two(code)))
+    inverse = _per_block(1.0 / scale)  # exact
+    return to_grid(x * inverse, grid) * scale
 
 
 def encode_nvfp4(
@@ -159,14 +167,15 @@ def encode_nvfp4(
     # a tensor, for a number divided by a tensor would be the product with its rounded inverse
     top = torch.full_like(tensor_peak, E4M3.largest * grid.largest)
     usable = (tensor_peak > 0) & (tensor_peak <= FLOAT_MAX)
-    s_enc = torch.where(usable, (top / tensor_peak).clamp(max=FLOAT_MAX), 1.0)
+    s_enc = _per_block(torch.where(usable, (top / tensor_peak).clamp(max=FLOAT_MAX), 1.0))
     s_dec = 1.0 / s_enc
     peak = x.abs().amax(dims, keepdim=True)
     scale = to_grid(peak * (s_enc * (1.0 / grid.largest)), E4M3)
-    scale = torch.where(peak.isnan(), math.nan, scale)
-    y = x * (1.0 / (scale * s_dec)).clamp(max=FLOAT_MAX)
-    y = torch.where(y == 0, 0.0, y)  # drops the sign of zero
-    return to_grid(y, grid) * scale
+    scale = _per_block(torch.where(peak.isnan(), math.nan, scale))
+    y = x * _per_block((1.0 / (scale * s_dec)).clamp(max=FLOAT_MAX))
+    bits = y.view(torch.int32)
+    signed = (bits & SIZE).clamp(max=1)  # 0 for a zero: its sign goes
+    return to_grid((bits & -signed).view(torch.float32), grid) * scale
 
 
 def tensor_scale(tensor_peak: Tensor, grid: Grid) -> Tensor:

@@ -130,7 +130,7 @@ struct Element {
   }
 };
 
-constexpr int kLane = 16;         // values per inner loop of fixed length, which compilers unroll
+constexpr int kLane = 32;         // values per inner loop of fixed length, which compilers unroll
 constexpr int kMostBlocks = 128;  // blocks in flight, so that scales are worked out as vectors
 constexpr int kMostCols = 512;    // columns of a band in flight: stays in the first-level cache
 
