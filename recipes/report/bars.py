@@ -1,5 +1,7 @@
 """Bars: what a precision costs each variant, and where FLOPs and parameters lie."""
 
+from collections.abc import Sequence
+
 from recipes.report import text
 from recipes.report.figures import Figure, meta
 from recipes.report.look import role_colour
@@ -66,16 +68,23 @@ def _gap_bar(study: Study, group: Group) -> Figure:
     }
 
 
+def role_colours(study: Study) -> dict[str, str]:
+    """A colour for every module role that some variant spends FLOPs or parameters on."""
+    costs = [g.first.cost for g in study.groups]
+    parts = [part for c in costs for part in (c.flops_by_role, c.params_by_role)]
+    roles = dict.fromkeys(role for part in parts for role, x in part.items() if x)
+    return {role: role_colour(role, i) for i, role in enumerate(roles)}
+
+
 def by_role(study: Study, of: str) -> Figure | None:
     """Stacked bars, one per variant: `of` is "flops" (per token, forward) or "params"."""
     shown = [next(g for g in study.groups if g.variant == v) for v in study.variants]
     split = [(g, getattr(g.first.cost, f"{of}_by_role")) for g in shown]
-    roles = list(dict.fromkeys(role for _, parts in split for role in parts))
-    if not roles:
+    if not any(parts for _, parts in split):
         return None
     unit = "FLOPs per token" if of == "flops" else "parameters"
     data = []
-    for i, role in enumerate(roles):
+    for role, colour in role_colours(study).items():
         having = [(g, parts[role]) for g, parts in split if parts.get(role)]
         data.append(
             {
@@ -84,31 +93,25 @@ def by_role(study: Study, of: str) -> Figure | None:
                 "name": text.safe(role),
                 "x": [x for _, x in having],
                 "y": [text.safe(g.variant) for g, _ in having],
-                "marker": {"color": role_colour(role, i)},
+                "marker": {"color": colour},
                 "customdata": [text.si(x) for _, x in having],
                 "hovertemplate": f"<b>%{{y}}</b><br>{text.safe(role)} %{{customdata}} {unit}"
                 "<extra></extra>",
             }
         )
-    layout: Figure = {
-        "height": 130 + 32 * len(shown),
+    return {"views": [{"data": data, "layout": _role_layout([g.variant for g in shown], unit)}]}
+
+
+def _role_layout(variants: Sequence[str], unit: str) -> Figure:
+    return {
+        "height": 70 + 32 * len(variants),
         "barmode": "stack",
         "bargap": 0.3,
         "xaxis": {"title": {"text": unit}, "tickformat": "~s"},
         "yaxis": {
             "autorange": "reversed",
-            "automargin": True,
             "showgrid": False,
             "categoryorder": "array",
-            "categoryarray": [text.safe(v) for v in study.variants],
-        },
-        "showlegend": True,
-        "legend": {
-            "orientation": "h",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "x": 0,
-            "traceorder": "normal",
+            "categoryarray": [text.safe(v) for v in variants],
         },
     }
-    return {"views": [{"data": data, "layout": layout}]}

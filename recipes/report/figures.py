@@ -1,7 +1,8 @@
 """Loss curves as a plain plotly figure (a dict), and what all figures share.
 
 A figure is what the page's script draws: `views` (each with a label, data and layout), or
-`data` and `layout` with `axes` (tabs that pick a column of customdata for x and for y).
+`data` and `layout` with `axes` (tabs that pick a column of customdata for x and for y);
+`tools` asks for zoom and download buttons.
 A trace says in `meta` to which variant and precision it belongs; legends and looks follow it.
 """
 
@@ -53,6 +54,7 @@ def curves(study: Study) -> Figure | None:
             "hovermode": "closest",
         },
         "axes": {"x": x_axis, "y": y_axis},
+        "tools": True,
     }
 
 
@@ -102,7 +104,7 @@ def _end_range(lines: Sequence[tuple[Group, Run]]) -> list[float] | None:
         for y in (p.eval_bpb, p.train_bpb)
         if y is not None and isfinite(y)
     ]
-    late = [y for progress, y in known if progress >= 0.2]
+    late = [y for progress, y in known if progress >= 0.3]
     if not late:
         return None
     pad = 0.06 * (max(late) - min(late)) or 0.05

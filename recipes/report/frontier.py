@@ -7,6 +7,8 @@ from recipes.report import text
 from recipes.report.figures import GREY, Figure, meta
 from recipes.report.study import Group, Study
 
+MAX_LABELS = 16
+
 Axis = tuple[str, str, Callable[[Group], float | None], bool]  # label, title, value, more is better
 
 
@@ -35,7 +37,7 @@ def _speed(group: Group) -> float:
 def frontier(study: Study) -> Figure | None:
     """Bits per byte against each cost, with noise bars and the Pareto line."""
     views = [view for axis in frontier_axes(study) if (view := _frontier_view(study, axis))]
-    return {"views": views} if len(study.groups) > 1 and views else None
+    return {"views": views, "tools": True} if len(study.groups) > 1 and views else None
 
 
 def _frontier_view(study: Study, axis: Axis) -> Figure | None:
@@ -49,20 +51,23 @@ def _frontier_view(study: Study, axis: Axis) -> Figure | None:
     low = min(y - h for y, h in zip(ys, halves, strict=True))
     high = max(y + h for y, h in zip(ys, halves, strict=True))
     y_range = _padded(low, high, floor=0.01, share=0.1)
-    places = _label_places(xs, ys, [g.label for g, _ in points], x_range, y_range)
     line = pareto(xs, ys, more)
+    named = [_named(study, g, x, line, len(points)) for g, x in points]
+    places = _label_places(xs, ys, named, x_range, y_range)
     staircase = {
         "type": "scatter",
         "mode": "lines",
         "x": [x for x, _ in line],
         "y": [y for _, y in line],
-        "line": {"color": GREY, "width": 1.2, "dash": "dot", "shape": "vh" if more else "hv"},
+        "line": {"color": GREY, "width": 1.2, "dash": "dot", "shape": "hv"},
         "hoverinfo": "skip",
         "name": "Pareto line",
+        "meta": {"all": True},  # shown while no variant is hidden
     }
     traces = [
-        _frontier_point(study, g, x, h, place, title)
-        for (g, x), h, place in zip(points, halves, places, strict=True)
+        _frontier_point(study, g, x, h, title)
+        | {"text": [f"\u00a0{text.safe(words)}\u00a0"], "textposition": place}
+        for (g, x), h, words, place in zip(points, halves, named, places, strict=True)
     ]
     return {
         "label": label,
@@ -75,9 +80,15 @@ def _frontier_view(study: Study, axis: Axis) -> Figure | None:
     }
 
 
-def _frontier_point(
-    study: Study, group: Group, x: float, half: float, place: str, title: str
-) -> Figure:
+def _named(
+    study: Study, group: Group, x: float, line: Sequence[tuple[float, float]], n_points: int
+) -> str:
+    """The label of a point; in a crowd only the Pareto line and the baseline have one."""
+    chosen = (x, group.bpb) in line or group is study.baseline
+    return group.label if n_points <= MAX_LABELS or chosen else ""
+
+
+def _frontier_point(study: Study, group: Group, x: float, half: float, title: str) -> Figure:
     colour = study.look.colours[group.variant]
     noise = f" ± {half:.{study.digits}f}" if half else ""
     return {
@@ -86,8 +97,6 @@ def _frontier_point(
         "name": text.safe(group.label),
         "x": [x],
         "y": [group.bpb],
-        "text": [text.safe(group.label)],
-        "textposition": place,
         "textfont": {"size": 12},
         "cliponaxis": False,
         "marker": {

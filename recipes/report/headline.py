@@ -9,7 +9,7 @@ from recipes.report import text
 from recipes.report.method import BUDGETS, budget_table, method
 from recipes.report.noise import Difference
 from recipes.report.study import Group, Study
-from recipes.report.text import Markup, chip, el, join, swatch
+from recipes.report.text import Markup, chip, el, folded, join, swatch
 
 
 def headline(study: Study) -> Markup:
@@ -37,7 +37,7 @@ def sentence(study: Study, group: Group) -> str:
     way = "lower" if d.value < 0 else "higher"
     told = f"{abs(d.value):.{study.digits}f} bits per byte {way} than {to}"
     if d.interval is None:
-        return f"{told}: not resolved, {d.how}."
+        return f"{told}: not resolved, the noise is unknown."
     low, high = (text.signed(end, study.digits) for end in d.interval)
     return f"{told} (95\u00a0% interval {low}\u00a0to\u00a0{high}): {_reason(d)}."
 
@@ -136,12 +136,13 @@ def _forest(study: Study) -> Markup | None:
     groups = [g for g in study.groups if g.key in study.verdicts]
     ends = [abs(d.value) + (d.half or 0) for d in study.verdicts.values() if isfinite(d.value)]
     reach = 1.05 * (max(ends, default=0) or 1)
-    rows = [_forest_row(study, g, reach) for g in groups]
+    shown, rest = study.split(groups, most=16)
     marks = ("← better", study.baseline.words, "worse →")
     axis = el("div", *(el("span", mark) for mark in marks), class_="forest-axis")
-    return (
-        el("div", el("div", axis, class_="forest-head"), *rows, class_="forest") if rows else None
-    )
+    head = el("div", axis, class_="forest-head")
+    rows = [head, *(_forest_row(study, g, reach) for g in shown)]
+    more = [head, *(_forest_row(study, g, reach) for g in rest)] if rest else []
+    return folded(rows, more, "The other precisions", "forest") if groups else None
 
 
 def _forest_row(study: Study, group: Group, reach: float) -> Markup:

@@ -64,7 +64,7 @@ def colour(i: int) -> str:
     if i < len(COLOURS):
         return COLOURS[i]
     hue = (0.08 + 0.381966 * i) % 1
-    r, g, b = colorsys.hls_to_rgb(hue, 0.5, 0.45 + 0.15 * (i % 3))
+    r, g, b = colorsys.hls_to_rgb(hue, 0.48, 0.36 + 0.1 * (i % 3))
     return f"#{round(255 * r):02x}{round(255 * g):02x}{round(255 * b):02x}"
 
 

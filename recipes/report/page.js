@@ -32,7 +32,9 @@
     if (t.error_x) t.error_x = { ...t.error_x, color: css("--ink") };
     return t;
   };
-  const seen = ({ meta = {} }) => !hidden.variant.has(meta.variant) && !hidden.precision.has(meta.precision);
+  const seen = ({ meta = {} }) => meta.all
+    ? !hidden.variant.size && !hidden.precision.size
+    : !hidden.variant.has(meta.variant) && !hidden.precision.has(meta.precision);
 
   // A column of customdata as x or y: tabs of the loss curves.
   const picked = (trace, axes) => {
@@ -53,7 +55,7 @@
     }
     const final = themed({ ...layout, annotations: labels(data) });
     plot.el.style.height = `${layout.height}px`;
-    Plotly.react(plot.el, data.map(styled), final, { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+    Plotly.react(plot.el, data.map(styled), final, { responsive: true, displaylogo: false, displayModeBar: plot.spec.tools ? "hover" : false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
     plot.drawn = true;
   };
   const redraw = () => plots.forEach((plot) => plot.drawn && draw(plot));

@@ -13,7 +13,7 @@ from recipes.report.frontier import frontier
 from recipes.report.headline import name
 from recipes.report.provenance import provenance
 from recipes.report.study import Group, Study
-from recipes.report.text import Content, Markup, anchor, el, join, swatch
+from recipes.report.text import Content, Markup, anchor, el, folded, join, swatch
 
 DASH_ARRAYS = {
     "solid": None, "dash": "6 4", "dot": "1.5 4", "dashdot": "7 4 1.5 4",
@@ -167,7 +167,9 @@ def _load(study: Study) -> Markup | None:
     groups = study.moe_groups()
     if not groups:
         return None
-    cards = [_load_card(study, g, i) for i, g in enumerate(groups)]
+    shown, rest = study.split(groups, most=8)
+    cards = [_load_card(study, g, f"load-{i}") for i, g in enumerate(shown)]
+    more = [_load_card(study, g, f"more-load-{i}") for i, g in enumerate(rest)]
     note = lead(
         "Assignments per expert on held-out text, relative to an even spread over all experts of "
         "the layer. Zero-computation experts stand apart, on the right."
@@ -175,15 +177,15 @@ def _load(study: Study) -> Markup | None:
     by_domain = heat.load_by_domain(study)
     return join(
         note,
-        el("div", *cards, class_="cards"),
+        folded(cards, more, "The other precisions", "cards"),
         _domain_explorer(by_domain) if by_domain else None,
         tables.load_table(study),
     )
 
 
-def _load_card(study: Study, g: Group, i: int) -> Markup:
+def _load_card(study: Study, g: Group, key: str) -> Markup:
     numbers = el("span", heat.caption(g.first), class_="quiet right")
-    picture = plot(heat.load_by_layer(g.first), f"load-{i}", f"Expert load of {g.words}")
+    picture = plot(heat.load_by_layer(g.first), key, f"Expert load of {g.words}")
     return el("figure", el("figcaption", name(study, g), numbers), picture)
 
 
@@ -214,8 +216,9 @@ def _domains(study: Study) -> Markup | None:
 
 
 def _samples(study: Study) -> Markup | None:
-    cards = [_sample(study, g) for g in study.groups if g.first.sample]
-    return el("div", *cards, class_="cards") if cards else None
+    groups = [g for g in study.groups if g.first.sample]
+    shown, rest = ([_sample(study, g) for g in part] for part in study.split(groups, most=12))
+    return folded(shown, rest, "The other precisions", "cards") if groups else None
 
 
 def _sample(study: Study, g: Group) -> Markup:
@@ -231,4 +234,8 @@ def _roles(study: Study) -> Markup | None:
         for of, title in (("flops", "FLOPs per token, forward"), ("params", "Parameters"))
         if (figure := bars.by_role(study, of))
     ]
-    return el("div", *plots, class_="cards") if plots else None
+    if not plots:
+        return None
+    colours = bars.role_colours(study).items()
+    key = (el("span", swatch(colour), role) for role, colour in colours)
+    return join(el("div", *key, class_="legend"), el("div", *plots, class_="cards"))

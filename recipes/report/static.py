@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layers.names import check_choice
+from recipes.report.figures import GREY
 from recipes.report.frontier import frontier_axes, pareto
 from recipes.report.records import read_results
 from recipes.report.study import Study, study
@@ -121,8 +122,7 @@ def _frontier(s: Study, title: str, value: Any, more: bool) -> Any:
     figure, axes = _axes(5.2, 3.4)
     points = [(g, x) for g in s.groups if (x := value(g)) is not None and isfinite(g.bpb)]
     line = pareto([x for _, x in points], [g.bpb for g, _ in points], more)
-    where = "pre" if more else "post"
-    axes.step(*zip(*line, strict=True), where=where, color="#8b929c", linestyle=":", linewidth=1)
+    axes.step(*zip(*line, strict=True), where="post", color=GREY, linestyle=":", linewidth=1)
     for g, x in points:
         filled = not s.look.markers[g.precision].endswith("-open")
         axes.errorbar(

@@ -1,6 +1,6 @@
 """Results with everything that is derived from them once: groups, noise, verdicts, looks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, isfinite, log10
@@ -98,6 +98,14 @@ class Study:
         """Decimals of bits per byte: down to a tenth of the noise."""
         std = self.noise.std if self.noise else 1e-3
         return min(6, max(3, ceil(-log10(std)) + 1))
+
+    def split(self, groups: Sequence[Group], most: int) -> tuple[list[Group], list[Group]]:
+        """Groups to show and groups to fold: beyond `most` only the baseline's precision shows."""
+        if len(groups) <= most:
+            return list(groups), []
+        at = self.baseline.precision
+        shown = [g for g in groups if g.precision == at]
+        return shown, [g for g in groups if g.precision != at]
 
     def moe_groups(self) -> list[Group]:
         """Groups whose first run recorded expert load."""

@@ -1,6 +1,7 @@
 """Numbers as a reader wants them, and HTML in which every text is escaped."""
 
 import html
+from collections.abc import Sequence
 from math import isfinite, log10
 
 DASH = "–"
@@ -54,6 +55,15 @@ def swatch(colour: str) -> Markup:
 def chip(word: str) -> Markup:
     """A verdict."""
     return el("span", word, class_=f"chip {word.replace(' ', '-')}")
+
+
+def folded(shown: Sequence[Markup], rest: Sequence[Markup], what: str, class_: str) -> Markup:
+    """Items in a box, and those that would make the page long in a second one, folded."""
+    first = el("div", *shown, class_=class_)
+    if not rest:
+        return first
+    more = el("details", el("summary", what), el("div", *rest, class_=class_))
+    return join(first, more)
 
 
 def si(number: float, unit: str = "") -> str:
