@@ -118,12 +118,14 @@ def expert_linear(x: Tensor, w: Tensor, counts: Tensor, p: LeafPrecision | None)
     return _QuantizedExperts.apply(x, w, counts, p)
 
 
-def _scaled(y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """The epilogue: the tensor scales that the decoded operands were left without."""
-    for scale in (a, b):
-        if scale is not None:
-            y = y.mul_(scale)
-    return y
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The product of two tensor scales, either of which a format may not have."""
+    return b if a is None else a if b is None else a * b
+
+
+def _scaled(y: Tensor, scale: Tensor | None) -> Tensor:
+    """The epilogue, in place: the tensor scales that the decoded operands were left without."""
+    return y if scale is None else y.mul_(scale)
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -135,7 +137,7 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.p = p
         xq, xs = quantize(x, p.fprop_x, axis=-1, dtype=p.dtype)
         wq, ws = quantize(w, p.fprop_w, axis=-1, dtype=p.dtype)
-        return _scaled(xq @ wq.T, xs, ws)
+        return _scaled(xq @ wq.T, _product(xs, ws))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
@@ -145,11 +147,11 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dyq, dys = quantize(dy, p.dgrad_dy, axis=-1, dtype=p.dtype)
             wq, ws = quantize(w, p.dgrad_w, axis=-2, dtype=p.dtype)
-            dx = _scaled(dyq @ wq, dys, ws).to(x.dtype)
+            dx = _scaled(dyq @ wq, _product(dys, ws)).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dyq, dys = quantize(dy, p.wgrad_dy, axis=-2, dtype=p.dtype)
             xq, xs = quantize(x, p.wgrad_x, axis=-2, dtype=p.dtype)
-            dw = _scaled((dyq.T @ xq).to(w.dtype), dys, xs)
+            dw = _scaled((dyq.T @ xq).to(w.dtype), _product(dys, xs))
         return dx, dw, None
 
 
@@ -163,7 +165,7 @@ class _QuantizedExperts(torch.autograd.Function):
         ctx.p = p
         xq, xs = quantize(x, p.fprop_x, axis=-1, dtype=p.dtype, ends=ends)
         wq, ws = quantize(w, p.fprop_w, axis=-1, dtype=p.dtype)
-        return _scaled_rows(grouped_mm(xq, wq, counts), xs, ws, counts)
+        return _scaled_rows(grouped_mm(xq, wq, counts), _product(xs, ws), counts)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
@@ -173,21 +175,22 @@ class _QuantizedExperts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dyq, dys = quantize(dy, p.dgrad_dy, axis=-1, dtype=p.dtype, ends=ends)
             wq, ws = quantize(w, p.dgrad_w, axis=-2, dtype=p.dtype)
-            dx = _scaled_rows(grouped_mm_dx(dyq, wq, counts), dys, ws, counts).to(x.dtype)
+            dx = _scaled_rows(grouped_mm_dx(dyq, wq, counts), _product(dys, ws), counts)
+            dx = dx.to(x.dtype)
         if ctx.needs_input_grad[1]:
             dyq, dys = quantize(dy, p.wgrad_dy, axis=-2, dtype=p.dtype, ends=ends)
             xq, xs = quantize(x, p.wgrad_x, axis=-2, dtype=p.dtype, ends=ends)
-            scales = [None if s is None else s[:, None, None] for s in (dys, xs)]
-            dw = _scaled(grouped_wgrad(dyq, xq, counts, w.dtype), *scales)
+            scale = _product(dys, xs)
+            scale = None if scale is None else scale[:, None, None]
+            dw = _scaled(grouped_wgrad(dyq, xq, counts, w.dtype), scale)
         return dx, dw, None, None
 
 
-def _scaled_rows(y: Tensor, a: Tensor | None, b: Tensor | None, counts: Tensor) -> Tensor:
-    """The epilogue with one scale per expert. y: [N, F]; a, b: [E]; counts: [E]."""
-    if a is None and b is None:
+def _scaled_rows(y: Tensor, scale: Tensor | None, counts: Tensor) -> Tensor:
+    """The epilogue with one scale per expert. y: [N, F]; scale, counts: [E]."""
+    if scale is None:
         return y
-    scale = b if a is None else a if b is None else a * b
-    rows = torch.repeat_interleave(scale, counts, output_size=y.shape[0])  # pyright: ignore
+    rows = torch.repeat_interleave(scale, counts, output_size=y.shape[0])
     return y.mul_(rows[:, None])
 
 
