@@ -4,7 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -14,11 +14,17 @@ EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="zoo",
-    help="Feed-forward and mixture-of-experts variants by name, in any precision, compared fairly.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context) -> None:
+    """Feed-forward and mixture-of-experts variants by name, in any precision, compared fairly."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="What differs from the file.")
@@ -150,19 +156,21 @@ def main() -> None:
     """Entry point: a known error is one line on stderr and exit status 2, without a traceback."""
     try:
         check_installation()
-        app()
-    except ValueError as error:
-        _say(error)
-        sys.exit(EXIT_ERROR)
-    except KeyboardInterrupt:
-        _say("stopped; the same command goes on from the last checkpoint")
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(1)
+        status = app(standalone_mode=False)
+    except (ValueError, OSError) as error:
+        _end(str(error), EXIT_ERROR)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own: a wrong command, option, argument
+            raise
+        _end(error.format_message(), EXIT_ERROR)  # pyright: ignore[reportAttributeAccessIssue]
+    if status == EXIT_INTERRUPTED:
+        _end("stopped; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
+    sys.exit(status or 0)
 
 
-def _say(error: object) -> None:
-    print(f"zoo: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def _end(message: str, status: int) -> NoReturn:
+    print(f"zoo: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

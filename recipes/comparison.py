@@ -17,9 +17,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
-import zoo
 from layers.base import Cost
 from layers.names import check_positive, unknown
 from recipes import load
@@ -28,6 +25,7 @@ from recipes.names import ffn_label, precision_label
 from recipes.report.records import Match
 from recipes.schema import Recipe
 from zoo.budget import measure_of, solve_width
+from zoo.registry import find
 
 MAY_DIFFER = ("model.ffn", "model.router", "precision", "seed")
 
@@ -162,7 +160,7 @@ def _shared_recipe(source: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"comparison: recipe must be a name, a file or a mapping, got {plain!r}")
     load.check_keys(Recipe, plain, what="recipe")
     load.check_keys(Recipe, overrides, what="recipe")
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(dict(plain), dict(overrides)))
+    merged = load.merged(plain, overrides)
     merged["model"] = {k: v for k, v in merged.get("model", {}).items() if k != "ffn"}
     return merged
 
@@ -207,10 +205,10 @@ def _baseline(c: Comparison, variants: Sequence[Variant]) -> Variant:
 
 
 def _recipe(shared: Mapping[str, Any], variant: Variant, precision: Any, seed: int) -> Recipe:
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(dict(shared), variant.recipe))
-    merged.setdefault("model", {})["ffn"] = variant.ffn
+    plain = load.merged(shared, variant.recipe)
+    plain["model"] = {**plain["model"], "ffn": variant.ffn}
     try:
-        return load.load({**merged, "precision": precision, "seed": seed})
+        return load.load({**plain, "precision": precision, "seed": seed})
     except ValueError as error:
         raise ValueError(f"{variant.label}: {error}") from None
 
@@ -260,7 +258,7 @@ def _width(shared: Mapping[str, Any], variant: Variant) -> tuple[str | None, int
     """The variant's width field and what it says of it; None where it has none to turn."""
     if not isinstance(variant.ffn, Mapping) or "name" not in variant.ffn:
         return None, None
-    entry = zoo.find(variant.ffn["name"])
+    entry = find(variant.ffn["name"])
     return entry.width, variant.ffn.get(entry.width) if entry.width else None
 
 

@@ -1,11 +1,15 @@
 """What a recipe's model costs, counted from its config alone."""
 
+from typing import TYPE_CHECKING
+
 from layers.base import Cost
-from recipes.report.records import RunCost
 from recipes.schema import Recipe
 from zoo.accounting import stored
 from zoo.model import model_cost
 from zoo.precision import policy_of
+
+if TYPE_CHECKING:
+    from recipes.report.records import RunCost
 
 # Tokens processed together at which weight bytes per token are stated (comparison.md 2.3)
 BYTES_AT_TOKENS = (1, 16, 256, 4096)
@@ -17,8 +21,10 @@ def whole_model_cost(recipe: Recipe) -> Cost:
     return stored(cost, policy_of(recipe.precision), recipe.model.n_layers)
 
 
-def run_cost(cost: Cost, *, tied: bool) -> RunCost:
+def run_cost(cost: Cost, *, tied: bool) -> "RunCost":
     """A cost as records keep it. tied: the head reads the embedding's table."""
+    from recipes.report.records import RunCost
+
     roles = cost.by_role()
     outside = ("embedding",) if tied else ("embedding", "head")
     embedding = sum(roles[role].params for role in outside if role in roles)

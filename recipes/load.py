@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from layers.names import check_positive
 from recipes.optim import check_optim
@@ -86,10 +86,29 @@ def merge(schema: type[T], plain: Mapping[str, Any], overrides: Overrides, *, wh
     said = parse(overrides)
     for part in (plain, said):
         check_keys(schema, part, what=what)
+    both = merged(plain, said)
     try:
-        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(schema, dict(plain), said)))
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(schema, both)))
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{what}: {error.full_key} must be given") from None
     except OmegaConfBaseException as error:
-        raise _type_error(schema, error, flatten(plain) | flatten(said), what) from None
+        raise _type_error(schema, error, flatten(both), what) from None
+
+
+def merged(plain: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """`said` over `plain`, mapping by mapping.
+
+    A mapping that says another `name` replaces the whole: options of one choice are none of
+    another's.
+    """
+    result = dict(plain)
+    for key, value in said.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            same = value.get("name", old.get("name")) == old.get("name")
+            value = merged(old, value) if same else value
+        result[key] = value
+    return result
 
 
 def to_plain(recipe: Any) -> dict[str, Any]:

@@ -32,15 +32,8 @@ from recipes.report.records import Run, load_json
 from recipes.report.strict import read_as
 
 PACKAGES = (
-    "moe-zoo",
-    "torch",
-    "numpy",
-    "lightning",
-    "torchmetrics",
-    "omegaconf",
-    "einops",
-    "tensorboard",
-)
+    "moe-zoo", "torch", "numpy", "einops", "lightning", "torchmetrics", "omegaconf", "tensorboard",
+)  # fmt: skip
 
 
 def fingerprint(recipe: Mapping[str, Any]) -> str:

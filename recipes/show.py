@@ -4,16 +4,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 import zoo
 from layers.names import unknown
-from recipes.comparison import Plan
 from recipes.costing import BYTES_AT_TOKENS
-from recipes.report.records import load_json
+
+if TYPE_CHECKING:
+    from recipes.comparison import Plan
 
 
 def catalogue(pattern: str, as_json: bool) -> None:
@@ -65,7 +66,7 @@ def cost(name: str, options: Mapping[str, Any], as_json: bool) -> None:
     _table(["role", "params", "active", "FLOPs/token", *at], rows, numbers_from=1)
 
 
-def plan(found: Plan) -> None:
+def plan(found: "Plan") -> None:
     """What a comparison is about to do."""
     c = found.comparison
     steps = found.runs[0].recipe.trainer.max_steps
@@ -78,7 +79,7 @@ def plan(found: Plan) -> None:
 
 def results(path: Path) -> None:
     """The runs of a comparison, best first."""
-    runs = sorted(load_json(path)["runs"], key=lambda run: run["final"]["bpb"])
+    runs = sorted(json.loads(path.read_text())["runs"], key=lambda run: run["final"]["bpb"])
     rows = [
         [
             run["id"],
