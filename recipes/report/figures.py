@@ -30,14 +30,7 @@ def curves(study: Study) -> Figure | None:
     lines = [(g, run) for g in study.groups for run in g.runs if run.curve]
     if not lines:
         return None
-    y_axis = [
-        {"label": label, "column": COLUMNS.index(column), "title": title}
-        for label, column, title in (
-            ("Held-out", "eval_bpb", "bits per byte, held-out"),
-            ("Training", "train_bpb", "bits per byte, training batches"),
-        )
-        if any(getattr(p, column) is not None for _, run in lines for p in run.curve)
-    ]
+    y_axis = _y_axes(lines)
     if not y_axis:
         return None
     x_axis = [
@@ -56,6 +49,24 @@ def curves(study: Study) -> Figure | None:
         "axes": {"x": x_axis, "y": y_axis},
         "tools": True,
     }
+
+
+def _y_axes(lines: Sequence[tuple[Group, Run]]) -> list[dict[str, Any]]:
+    """Held-out first, if it has points enough for a curve; what no run logged is left out."""
+    counted = {
+        column: max(sum(getattr(p, column) is not None for p in run.curve) for _, run in lines)
+        for column in ("eval_bpb", "train_bpb")
+    }
+    words = {
+        "eval_bpb": ("Held-out", "bits per byte, held-out"),
+        "train_bpb": ("Training", "bits per byte, training batches"),
+    }
+    order = sorted(words, key=lambda column: counted[column] < 3)
+    return [
+        {"label": words[column][0], "column": COLUMNS.index(column), "title": words[column][1]}
+        for column in order
+        if counted[column]
+    ]
 
 
 def _curve(study: Study, group: Group, run: Run, x: dict[str, Any], y: dict[str, Any]) -> Figure:

@@ -34,8 +34,10 @@ def sentence(study: Study, group: Group) -> str:
     d, to = study.verdicts[group.key], study.baseline.words
     if not isfinite(d.value):
         return f"{d.how}, there is nothing to compare: not resolved."
-    way = "lower" if d.value < 0 else "higher"
-    told = f"{abs(d.value):.{study.digits}f} bits per byte {way} than {to}"
+    told = f"the same bits per byte as {to}"
+    if d.value:
+        way = "lower" if d.value < 0 else "higher"
+        told = f"{abs(d.value):.{study.digits}f} bits per byte {way} than {to}"
     if d.interval is None:
         return f"{told}: not resolved, the noise is unknown."
     low, high = (text.signed(end, study.digits) for end in d.interval)

@@ -10,7 +10,7 @@ from math import isfinite, sqrt
 from statistics import fmean, stdev
 from typing import Literal
 
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats takes half a second more
 
 Seeds = Mapping[int, float]
 Word = Literal["better", "worse", "not resolved"]
@@ -56,7 +56,7 @@ class Spread:
 
     def half(self, inverse_runs: float) -> float:
         """Half width of the 95 % interval of a mean; inverse_runs is 1/m, or 1/m + 1/n."""
-        return float(student_t.ppf(1 - LEVEL / 2, self.df)) * self.std * sqrt(inverse_runs)
+        return float(stdtrit(self.df, 1 - LEVEL / 2)) * self.std * sqrt(inverse_runs)
 
 
 def spread_of(*groups: Seeds) -> Spread | None:
@@ -99,7 +99,7 @@ def compare(group: Seeds, reference: Seeds, baseline: Seeds) -> Difference:
     return Difference(
         value=value,
         half=spread.half(inverse),
-        p=float(2 * student_t.sf(t, spread.df)),
+        p=float(2 * stdtr(spread.df, -t)),
         df=spread.df,
         how=how,
     )

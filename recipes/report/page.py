@@ -79,7 +79,7 @@ def _downloads(results: dict[str, Any] | Path, data: Study) -> Markup:
 
 
 def _download(name: str, note: str, content: str) -> Markup:
-    encoded = base64.b64encode(content.encode()).decode()
+    encoded = base64.b64encode(content.encode("utf-8", "replace")).decode()
     link = el("a", name, href=f"data:text/csv;base64,{encoded}", download=name)
     return el("li", link, " ", el("span", note, class_="quiet"))
 

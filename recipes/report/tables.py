@@ -147,8 +147,9 @@ def load_table(study: Study) -> Markup:
     table = el("table", el("thead", head), el("tbody", *rows), class_="sortable")
     note = el(
         "p",
-        "Entropy is H / ln E over the FFN experts, 1 when even. The largest share and the dead are "
-        "of the FFN experts, the zero-computation share is of all assignments.",
+        "Entropy is H / ln E over the FFN experts, 1 when even. Largest share and dead are of the "
+        "FFN experts; dead is below a tenth of the even share. Zero-computation is a share of all "
+        "assignments.",
         class_="quiet",
     )
     summary = el("summary", "Entropy, largest share, dead experts, layer by layer")

@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Sequence
-from math import isfinite, log10
+from math import floor, isfinite, log10
 
 DASH = "–"
 MINUS = "\u2212"
@@ -73,16 +73,16 @@ def si(number: float, unit: str = "") -> str:
     for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(number) >= 0.9995 * 10**power:
             return f"{_three(number / 10**power)} {prefix}{unit}"
-    return f"{_three(number)} {unit}".rstrip()
+    digits = _three(number)
+    short = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return f"{short} {unit}".rstrip()
 
 
 def _three(number: float) -> str:
-    """Three significant digits, no exponent for what is at least 0.001."""
-    if number == 0:
-        return "0"
-    decimals = max(0, 2 - int(log10(abs(number)) // 1))
-    text = f"{number:.{min(decimals, 6)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text and decimals > 2 else text
+    """Three significant digits, never an exponent."""
+    rounded = float(f"{number:.3g}")
+    decimals = 2 - floor(log10(abs(rounded))) if rounded else 0
+    return f"{rounded:.{min(max(decimals, 0), 9)}f}"
 
 
 def exact(number: float) -> str:

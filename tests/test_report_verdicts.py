@@ -1,0 +1,110 @@
+"""How the report judges a difference: against scipy's tests, and against chance."""
+
+from math import nan
+from random import Random
+from statistics import stdev
+
+import pytest
+import report_data
+from scipy import stats
+
+from recipes.report.noise import compare, correct, holm
+from recipes.report.records import read_results
+from recipes.report.study import study
+
+
+@pytest.fixture(scope="module")
+def results():
+    return report_data.comparison()
+
+
+BASELINE = {0: 2.461, 1: 2.455, 2: 2.466, 3: 2.458}
+
+
+def judged(*groups, baseline=BASELINE):
+    return correct([compare(group, baseline, baseline) for group in groups])
+
+
+def test_a_single_run_is_judged_by_the_noise_of_the_baseline():
+    (d,) = judged({0: 2.400})
+    s, n = stdev(BASELINE.values()), 4
+    se = s * (1 + 1 / n) ** 0.5
+    assert d.value == pytest.approx(2.400 - 2.460)
+    assert d.half == pytest.approx(stats.t.ppf(0.975, n - 1) * se)
+    assert d.p == pytest.approx(2 * stats.t.sf(0.060 / se, n - 1))
+    assert (d.word, d.df) == ("better", 3)
+
+
+def test_clear_differences_are_named_and_small_ones_are_not_resolved():
+    words = [d.word for d in judged({0: 2.30}, {0: 2.62}, {0: 2.4565}, {0: 2.4630})]
+    assert words == ["better", "worse", "not resolved", "not resolved"]
+
+
+def test_with_several_seeds_the_noise_is_pooled_as_in_a_t_test():
+    group = {0: 2.44, 1: 2.43}
+    (d,) = judged(group)
+    expected = stats.ttest_ind(list(group.values()), list(BASELINE.values()))
+    assert d.p == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval(0.95)
+    assert d.interval == pytest.approx((low, high))
+
+
+def test_the_same_three_seeds_are_compared_in_pairs():
+    group = {seed: x - 0.004 + 0.0004 * seed for seed, x in BASELINE.items()}
+    (d,) = judged(group)
+    expected = stats.ttest_rel(list(group.values()), list(BASELINE.values()))
+    assert d.p == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval(0.95)
+    assert d.interval == pytest.approx((low, high))
+    assert d.word == "better"  # the pairing takes out what the seeds share
+    shifted = {seed + 10: x for seed, x in group.items()}
+    assert judged(shifted)[0].word == "not resolved"
+
+
+@pytest.mark.parametrize(
+    ("baseline", "why"),
+    [
+        ({0: 2.46}, "one seed"),
+        ({0: 2.46, 1: nan}, "diverged"),
+        ({0: 2.46, 1: 2.46}, "no noise"),
+    ],
+)
+def test_without_a_measured_noise_nothing_is_resolved(baseline, why):
+    for d in judged({0: 1.0}, {0: 1.0, 1: 1.1}, baseline=baseline):
+        assert (d.word, d.half, d.p) == ("not resolved", None, None)
+        assert why in d.how
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_more_variants_in_the_table_ask_for_a_clearer_difference():
+    near = {0: 2.442}
+    assert judged(near)[0].word == "better"
+    crowd = judged(near, *({0: 2.460 + 0.001 * i} for i in range(6)))
+    assert crowd[0].p == judged(near)[0].p
+    assert crowd[0].word == "not resolved"
+
+
+def test_equal_variants_are_resolved_as_seldom_as_promised():
+    rng, tables, false = Random(0), 400, 0
+    for _ in range(tables):
+        base = {seed: rng.gauss(2.4, 0.01) for seed in range(4)}
+        found = judged(*({0: rng.gauss(2.4, 0.01)} for _ in range(3)), baseline=base)
+        false += any(d.resolved for d in found)
+    assert 0 < false / tables < 0.075  # 0.05 for a whole table, and sampling
+
+
+def test_gaps_are_taken_within_a_variant(results):
+    s = study(read_results(results))
+    bpb_of = {(g.variant, g.precision): g.bpb for g in s.groups}
+    assert set(s.gaps) == {(v, "nvfp4") for v in report_data.SHAPES}
+    for variant, precision in s.gaps:
+        expected = bpb_of[variant, precision] - bpb_of[variant, "bf16"]
+        assert s.gaps[variant, precision].value == pytest.approx(expected)
+    single = s.gaps["moe", "nvfp4"]  # one run against one run, noise of the baseline
+    assert s.noise is not None
+    assert single.half == pytest.approx(stats.t.ppf(0.975, 3) * s.noise.std * 2**0.5)
