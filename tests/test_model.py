@@ -145,8 +145,6 @@ def test_checkpointing_changes_no_bit_and_counts_once(ffn):
         assert all(s["counts"].sum() == ids.numel() for s in results[1][2])
 
 
-# inductor imports it
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiled_model_gives_the_same_numbers():
     model, ids = LanguageModel(replace(TINY, n_layers=1, qk_norm=True)), tokens()
     results = []
@@ -195,6 +193,21 @@ def test_initial_weights_have_the_stated_spread(tied):
     assert abs(model(tokens(config=config)).logits.std() - 0.05 * 128**0.5) < 0.15
 
 
+def test_a_model_may_be_born_without_storage():
+    config = replace(TINY, n_layers=1, d_model=128, n_heads=4)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model.to_empty(device="cpu")
+    for module in reversed(list(model.modules())):
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    assert model.head.weight is model.embedding.weight
+    stds = {"embedding": 0.3, "blocks.0.attention.qkv": 0.3, "blocks.0.attention.out": 0.3 / 2**0.5}
+    for name, std in stds.items():
+        assert_close(model.get_submodule(name).weight.std().item(), std, rtol=0.05, atol=0)
+    assert model(tokens()).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("config", [TINY, replace(MIXED, tie_embeddings=False)])
 def test_a_saved_model_loads_equal(config, tmp_path):
     model, ids = LanguageModel(config), tokens()
@@ -229,6 +242,8 @@ def test_a_broken_folder_is_an_error(tmp_path):
     text = config.read_text()
     config.write_text(text.replace('"d_model"', '"d_modle"'))
     fails("unknown model option 'd_modle'. Did you mean 'd_model'?")
+    config.write_text(text.replace('"d_model": 16', '"d_model": "16"'))
+    fails("model option d_model must be int, got '16'")
     config.write_text(text[:20])
     fails("is not JSON")
     config.write_text("{}")

@@ -60,6 +60,7 @@ def test_selectors(selector, layers):
         ([{**MOE, "layers": None}, "mlp"], "layers must be a layer"),
         ([{**MOE, "layers": "5:"}, "mlp"], r"ffn\[0\] \(moe, layers='5:'\) gets none of the 3"),
         ([{**MOE, "layers": ":"}, "mlp"], r"ffn\[1\] \(mlp, layers=':'\) gets none"),
+        ({**MOE, 3: 4}, "ffn: options have names, got 3"),
         ({**MOE, "router": 3}, r"ffn.router must be a name or a mapping with 'name', got 3"),
         ({**MOE, "router": {"top_k": 1}}, "ffn.router must be a name or a mapping with 'name'"),
     ],

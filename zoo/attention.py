@@ -20,6 +20,8 @@ from zoo.norm import RMSNorm
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
+    """Sizes and options of one attention layer."""
+
     d_model: int
     n_heads: int
     n_kv_heads: int  # key and value heads; query head i reads head i // (n_heads / n_kv_heads)

@@ -42,6 +42,8 @@ class Context(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
+    """What one block hands on."""
+
     x: Tensor  # [B, S, D]
     carry: Tensor | None  # [B, S, E], the last router logits so far
     losses: dict[str, Tensor]

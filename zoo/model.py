@@ -52,7 +52,11 @@ class LanguageModel(nn.Module, Pretrained):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw embedding and head anew (and tie them); every other module draws its own."""
+        """Draw embedding and head anew, and tie them; attention and FFNs draw their own.
+
+        After `to_empty` on a model built on the meta device call it on all modules, parts before
+        wholes: `for m in reversed(list(model.modules()))`.
+        """
         weight = self.embedding.weight
         assert isinstance(weight, nn.Parameter)
         nn.init.normal_(weight, std=self.config.init_std)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from layers.names import check_positive, unknown
 from zoo.attention import AttentionConfig
@@ -70,11 +70,15 @@ class ModelConfig:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ModelConfig":
-        """From a mapping of fields; an unknown one is an error with the nearest name."""
-        known = [f.name for f in fields(cls)]
-        for name in given:
+        """From a mapping of fields; raises for a name or a type that does not fit."""
+        known = {f.name: get_args(f.type) or (f.type,) for f in fields(cls)}
+        for name, value in given.items():
             if name not in known:
                 raise unknown("model option", name, known)
+            kinds = {*known[name], int} if float in known[name] else {*known[name]}
+            if Any not in kinds and type(value) not in kinds:
+                allowed = " or ".join(getattr(kind, "__name__", str(kind)) for kind in known[name])
+                raise ValueError(f"model option {name} must be {allowed}, got {value!r}")
         return cls(**given)
 
     def layers(self) -> tuple[Choice, ...]:

@@ -74,6 +74,9 @@ def _choice(item: Any, where: str) -> LayerChoice:
     name, router = item.get("name"), item.get("router")
     if not isinstance(name, str) or name == MISSING:
         raise ValueError(f"{where} needs 'name', a row of the catalogue, got {dict(item)}")
+    for key in options:
+        if not isinstance(key, str):
+            raise ValueError(f"{where}: options have names, got {key!r}")
     check_router(router, f"{where}.router")
     return LayerChoice(ffn=name, options=options, router=router)
 
