@@ -9,7 +9,7 @@ from torch import nn
 import zoo
 from layers.linear import Linear
 from layers.precision import PRESETS, LeafPrecision, PrecisionPolicy, Rule, apply_policy
-from layers.precision.policy import OPERANDS, layer_range
+from layers.precision.policy import OPERANDS
 
 
 class Blocks(nn.Module):
@@ -65,19 +65,10 @@ def test_the_first_rule_that_matches_wins():
     assert got["blocks.0.up.weight"] == ("mxfp4", None)
 
 
-@pytest.mark.parametrize(
-    ("selector", "wanted"),
-    [("0", [0]), ("-1", [9]), ("-2:", [8, 9]), ("::4", [0, 4, 8]), ("last 15%", [8, 9]),
-     ("first 20%", [0, 1]), ("12", [])],
-)  # fmt: skip
-def test_layer_selectors(selector, wanted):
-    assert list(layer_range(selector, 10)) == wanted
-
-
-@pytest.mark.parametrize("selector", ["middle", "last x%", "1:2:3:4", "15%", "middle 10%"])
-def test_a_wrong_layer_selector_is_refused(selector):
-    with pytest.raises(ValueError, match="layers selector"):
-        layer_range(selector, 10)
+def test_a_rule_for_blocks_that_do_not_exist_is_refused():
+    policy = PrecisionPolicy.of({"default": "mxfp4", "rules": [{"layers": 4, "use": "bf16"}]})
+    with pytest.raises(ValueError, match="layers=4 is out of range for n_layers=4"):
+        apply_policy(Blocks(), policy)
 
 
 def test_where_touches_only_what_it_names():
@@ -122,6 +113,7 @@ def test_strict_refuses_a_rule_that_matches_nothing():
         ({"default": {"all": {"format": "mxfp4", "rule": "floor"}}}, "rule"),
         ({"default": "mxfp4", "rules": [{"use": "bf16", "role": "head"}]}, "Did you mean 'roles'"),
         ({"default": "mxfp4", "rules": [{"roles": "head"}]}, "needs 'use'"),
+        ({"default": "mxfp4", "rules": [{"use": "bf16", "layers": "end"}]}, "layers must be"),
         ({"default": "mxfp4", "colour": 1}, "field of a precision policy"),
         ({"default": {"all": "mxfp4", "compute": "fp8"}}, "compute dtype"),
     ],

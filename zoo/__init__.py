@@ -1,4 +1,4 @@
-"""Pick a feed-forward or mixture-of-experts variant by name, cost it, build it, set its precision."""
+"""Pick an FFN variant by name, cost it, build it, set its precision, compose a language model."""
 
 from zoo.accounting import module_cost
 from zoo.budget import Match, match

@@ -105,7 +105,8 @@ def match(
     width_field, policy = entry.width, policy_of(precision)
 
     def measure(width: int) -> float:
-        cost = resolve(name, **options, **{width_field: width}).cost()
+        settled: dict[str, Any] = {**options, width_field: width}
+        cost = resolve(name, **settled).cost()
         return MEASURES[key](stored(cost, policy))
 
     found = solve_width(measure, target, multiple_of=multiple_of, tolerance=tolerance)

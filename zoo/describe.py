@@ -10,7 +10,7 @@ from layers.names import unknown
 from zoo.entry import Entry
 from zoo.registry import entries, find, resolve
 
-REFERENCE = {"d_model": 512}  # where a card states its cost
+REFERENCE: dict[str, Any] = {"d_model": 512}  # where a card states its cost
 
 
 @dataclass(frozen=True, kw_only=True)

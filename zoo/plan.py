@@ -11,16 +11,14 @@
 A list whose items name no `layers` is one choice per layer; one `layers` makes it a list of rules.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layers.names import check_positive, unknown
+from layers.names import check_positive
+from layers.selection import select_layers
 
 MISSING = "???"  # OmegaConf's mark of a value that a recipe must give
-SELECTORS = 'a layer (0, -1), "first", "last", a slice ("1:", "::2", "-2:") or a list of layers'
-_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ def _by_rules(
     plan: list[LayerChoice | None] = [None] * n_layers
     for i, (item, choice) in enumerate(zip(items, choices, strict=True)):
         selector = item.get("layers", ":") if isinstance(item, Mapping) else ":"
-        free = [n for n in selected(selector, n_layers) if plan[n] is None]
+        free = [n for n in select_layers(selector, n_layers) if plan[n] is None]
         if not free:
             raise ValueError(
                 f"ffn[{i}] ({choice.ffn}, layers={selector!r}) gets none of the {n_layers} layers: "
@@ -106,28 +104,3 @@ def _by_rules(
         missed = [n for n, choice in enumerate(plan) if choice is None]
         raise ValueError(f"no ffn rule matches layers {missed}: add a last one without 'layers'")
     return tuple(choice for choice in plan if choice is not None)
-
-
-def selected(selector: Any, n_layers: int) -> list[int]:
-    """The layers that a selector means, ascending.
-
-    Raises:
-        ValueError: for a layer that does not exist, or what is no selector.
-    """
-    layers = list(range(n_layers))
-    if isinstance(selector, str):
-        named = {"first": layers[:1], "last": layers[-1:]}
-        if selector in named:
-            return named[selector]
-        found = _SLICE.fullmatch(selector.strip())
-        if found is None or found[3] == "0":
-            raise unknown("layers", selector, ("first", "last", "1:", "::2", "-2:"))
-        start, stop, step = (None if part is None else int(part) for part in found.groups())
-        return sorted(layers[start:stop:step])
-    numbers = selector if isinstance(selector, Sequence) else [selector]
-    for number in numbers:
-        if type(number) is not int:
-            raise ValueError(f"layers must be {SELECTORS}, got {selector!r}")
-        if not -n_layers <= number < n_layers:
-            raise ValueError(f"layers={selector!r} is out of range for n_layers={n_layers}")
-    return sorted({number % n_layers for number in numbers})

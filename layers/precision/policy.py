@@ -15,6 +15,7 @@ import torch
 from layers.names import check_choice, unknown
 from layers.precision.formats import check_spec
 from layers.precision.spec import HIGH_FORMATS, QSpec
+from layers.selection import select_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -98,7 +99,11 @@ class Rule:
     use: LeafPrecision
     roles: tuple[str, ...] = ()  # any, when empty
     name: str = "*"  # glob over the leaf's qualified name, e.g. "blocks.*.ffn.down"
-    layers: str | None = None  # a Python slice over the blocks, "0", "-1:", "::2", or "last 15%"
+    layers: str | None = None  # blocks as in layers.selection: "0", "-1:", "last 15%"
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            select_layers(self.layers, 10_000)  # the grammar; how many there are shows later
 
     def matches(self, *, name: str, role: str, layer: int | None, n_layers: int) -> bool:
         """Whether a leaf of that name, role and block falls under the rule."""
@@ -107,7 +112,7 @@ class Rule:
         if not fnmatchcase(name, self.name):
             return False
         return self.layers is None or (
-            layer is not None and layer in layer_range(self.layers, n_layers)
+            layer is not None and layer in select_layers(self.layers, n_layers)
         )
 
     @classmethod
@@ -136,30 +141,6 @@ class Rule:
         if self.name != "*":
             plain["name"] = self.name
         return plain | ({} if self.layers is None else {"layers": self.layers})
-
-
-def layer_range(selector: str, n_layers: int) -> range:
-    """The blocks that a selector names: an index, a slice, "first 15%" or "last 15%"."""
-    text = selector.strip()
-    try:
-        if text.endswith("%"):
-            end, share = text[:-1].split()
-            count = round(n_layers * float(share) / 100)
-            return {"first": range(count), "last": range(n_layers - count, n_layers)}[end]
-        if ":" in text:
-            bounds = [int(part) if part else None for part in text.split(":")]
-            return range(n_layers)[slice(*bounds)]
-        index = int(text)
-        return (
-            range(n_layers)[index:][:1]
-            if index >= 0
-            else range(n_layers)[index : index + 1 or None]
-        )
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"layers selector {selector!r} is none of: an index '0', a slice '-2:' or '::2', "
-            "'first 15%', 'last 15%'"
-        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
