@@ -72,6 +72,20 @@ def row_weights(weights: Tensor, plan: Plan) -> Tensor:
     return weights.flatten()[plan.order, None]
 
 
+def is_decoding(tokens: Tensor) -> bool:
+    """Whether this is a decoding step on a CPU: a single token, [1, D], without gradients.
+
+    Such a step is bound by reading weights, and each small operation shows. It takes no plan, and
+    reports neither losses nor stats: one token has no load to balance.
+    """
+    return (
+        tokens.shape[0] == 1
+        and not torch.is_grad_enabled()
+        and tokens.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
+
+
 def count_experts(experts: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
     """How many assignments each expert has.
 

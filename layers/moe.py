@@ -4,15 +4,15 @@ Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.0
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from layers.base import Cost, FFNOutput, Routing, WeightCost
-from layers.dispatch import Plan, combine, dispatch, make_plan, row_weights
+from layers.dispatch import combine, count_experts, dispatch, is_decoding, make_plan, row_weights
 from layers.grouped import matmul_dtype
-from layers.linear import ExpertLinear
+from layers.linear import ExpertLinear, linear
 from layers.names import check_choice, check_positive
 from layers.swiglu import GATE_FLOPS, GATES, SwiGLU, SwiGLUConfig, default_d_ff, glu
 
@@ -91,33 +91,57 @@ def experts_cost(
     return Cost((stack("gate_up", 2, body), stack("down", 1, d_model * active)))
 
 
+class Experts(NamedTuple):
+    """The stacked experts of a layer, as `run_experts` takes them."""
+
+    gate_up: ExpertLinear  # [E, 2F, D], gate rows first
+    down: ExpertLinear  # [E, D, F]
+    activation: str  # of the gate
+
+
 def run_experts(
-    tokens: Tensor,
-    plan: Plan,
-    weights: Tensor,
-    gate_up: ExpertLinear,
-    down: ExpertLinear,
-    activation: str,
+    tokens: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, experts: Experts
 ) -> Tensor:
-    """The sum over a token's planned experts of weight * down(activation(gate(x)) * up(x)).
+    """The sum over a token's choices of weight * down(activation(gate(x)) * up(x)).
 
     The weight is multiplied in before `down`, on F columns and not on D: down is linear, and no
     D-wide expert output need be kept for its gradient (moe.md 14.3).
 
     Args:
         tokens: [T, D].
-        plan: N of the T * K assignments.
+        routed: [T, K] int64, the chosen experts.
         weights: [T, K].
-        gate_up: [E, 2F, D], gate rows first.
-        down: [E, D, F].
-        activation: of the gate.
+        keep: [T, K] bool, the choices to run; None: all. What is left out costs nothing.
+        experts: the stacks.
 
     Returns:
         [T, D] in the experts' compute dtype; 0 for a token without an expert.
     """
+    if is_decoding(tokens):
+        return _run_one(tokens, routed, weights, keep, experts)
+    gate_up, down, activation = experts
+    plan = make_plan(routed, gate_up.weight.shape[0], keep)
     rows = dispatch(_cast_once(tokens, gate_up), plan)  # [N, D]
     h = glu(gate_up(rows, plan.counts), activation, row_weights(weights, plan))  # [N, F]
     return combine(down(h, plan.counts), plan)
+
+
+def _run_one(
+    token: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, experts: Experts
+) -> Tensor:
+    """`run_experts` for a single token: no plan, one matrix-vector product for each choice."""
+    gate_up, down, activation = experts
+    ids, weights = routed[0].tolist(), weights[0, :, None]  # [K, 1]
+    if keep is not None:
+        ids = [e for e, kept in zip(ids, keep[0].tolist(), strict=True) if kept]
+        weights = weights[keep[0]]
+        if not ids:
+            return torch.zeros_like(token)
+    to_up, to_down = gate_up.weight, down.weight
+    gated = torch.cat([linear(token, to_up[e], None, gate_up.precision) for e in ids])  # [K, 2F]
+    hidden = glu(gated, activation, weights).split(1)
+    out = [linear(h, to_down[e], None, down.precision) for h, e in zip(hidden, ids, strict=True)]
+    return out[0] if len(out) == 1 else torch.cat(out).sum(0, keepdim=True)
 
 
 def _cast_once(tokens: Tensor, leaf: ExpertLinear) -> Tensor:
@@ -132,21 +156,20 @@ def flatten_inputs(
     x: Tensor, carry: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x [B, S, D], carry [B, S, E'], mask [B, S] as [T, D], [T, E'], [T]; masked tokens as 0."""
-    tokens = rearrange(x, "b s d -> (b s) d")
-    if carry is not None:
-        carry = rearrange(carry, "b s e -> (b s) e")
+    tokens = x.flatten(0, 1)
+    carry = None if carry is None else carry.flatten(0, 1)
     if mask is not None:
-        mask = rearrange(mask, "b s -> (b s)")
+        mask = mask.flatten()
         tokens = tokens.masked_fill(~mask[:, None], 0)  # whatever stands there, NaN included
     return tokens, carry, mask
 
 
-def check_routing(routing: Routing, names: tuple[str, ...]) -> None:
-    """Raise unless the router scored exactly the layer's experts."""
-    if routing.logits.shape[-1] != len(names):
+def check_routing(routing: Routing, n_experts: int) -> None:
+    """Raise unless the router scored exactly the layer's experts, of all kinds."""
+    if routing.logits.shape[-1] != n_experts:
         raise ValueError(
-            f"the router scores {routing.logits.shape[-1]} experts, the layer has {len(names)}: "
-            f"{names[0]} to {names[-1]}"
+            f"the router scores {routing.logits.shape[-1]} experts, the layer has {n_experts}: "
+            "give both the same numbers of experts"
         )
 
 
@@ -168,18 +191,22 @@ class MoE(nn.Module):
         c, (b, s, _) = self.config, x.shape
         tokens, carry, mask = flatten_inputs(x, carry, mask)
         routing: Routing = self.router(tokens, carry, mask)
-        check_routing(routing, c.expert_names)
+        check_routing(routing, c.n_experts)
 
         keep = None if mask is None else mask[:, None].expand_as(routing.experts)
-        plan = make_plan(routing.experts, c.n_experts, keep)
-        y = run_experts(tokens, plan, routing.weights, self.gate_up, self.down, c.activation)
-        y = y.unflatten(0, (b, s))
+        experts = Experts(self.gate_up, self.down, c.activation)
+        y = run_experts(tokens, routing.experts, routing.weights, keep, experts)
+        y = y.view(b, s, -1)
         if self.shared is not None:
-            y = y + self.shared(tokens.unflatten(0, (b, s))).y
-        none = torch.zeros_like(plan.counts[0])
+            y = y + self.shared(tokens.view(b, s, -1)).y
         return FFNOutput(
             y=y.type_as(x),
             losses=routing.losses,
-            stats={"counts": plan.counts, "dropped": none, "zero_computation": none},
-            carry=routing.logits.unflatten(0, (b, s)),
+            stats=None if is_decoding(tokens) else self._stats(routing.experts, mask),
+            carry=routing.logits.view(b, s, -1),
         )
+
+    def _stats(self, experts: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        counts = count_experts(experts, self.config.n_experts, mask)
+        none = counts.new_zeros(())
+        return {"counts": counts, "dropped": none, "zero_computation": none}

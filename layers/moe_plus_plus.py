@@ -8,9 +8,16 @@ from torch import Tensor, nn
 
 from layers.base import Cost, FFNOutput, Routing, WeightCost
 from layers.capacity import within_capacity
-from layers.dispatch import count_experts, make_plan
+from layers.dispatch import count_experts, is_decoding
 from layers.linear import ExpertLinear, ValueTable, linear
-from layers.moe import check_routing, default_d_expert, experts_cost, flatten_inputs, run_experts
+from layers.moe import (
+    Experts,
+    check_routing,
+    default_d_expert,
+    experts_cost,
+    flatten_inputs,
+    run_experts,
+)
 from layers.names import check_choice, check_positive
 from layers.precision.leaf import Leaf
 from layers.swiglu import GATES
@@ -200,7 +207,7 @@ class MoEPlusPlus(nn.Module):
         c, (b, s, _) = self.config, x.shape
         tokens, carry, mask = flatten_inputs(x, carry, mask)
         routing: Routing = self.router(tokens, carry, mask)
-        check_routing(routing, c.expert_names)
+        check_routing(routing, c.n_routes)
         if c.input_scale != 1:
             tokens = tokens * c.input_scale  # after the router has read them
 
@@ -208,15 +215,15 @@ class MoEPlusPlus(nn.Module):
         weights = routing.weights if keep is None else routing.weights.masked_fill(~keep, 0)
         is_ffn = None if not c.n_zero_computation else routing.experts < c.n_experts
         planned = keep if is_ffn is None else is_ffn if keep is None else keep & is_ffn
-        plan = make_plan(routing.experts, c.n_experts, planned)
-        y = run_experts(tokens, plan, weights, self.gate_up, self.down, c.activation).type_as(x)
+        experts = Experts(self.gate_up, self.down, c.activation)
+        y = run_experts(tokens, routing.experts, weights, planned, experts).type_as(x)
         if c.constants + c.n_copy:
             y = self._add_zero_computation(y, tokens, routing.experts, weights)
         return FFNOutput(
-            y=y.unflatten(0, (b, s)),
+            y=y.view(b, s, -1),
             losses=routing.losses,
-            stats=self._stats(routing.experts, keep, mask),
-            carry=routing.logits.unflatten(0, (b, s)),
+            stats=None if is_decoding(tokens) else self._stats(routing.experts, keep, mask),
+            carry=routing.logits.view(b, s, -1),
         )
 
     def _add_zero_computation(

@@ -22,13 +22,12 @@ def balance_loss(probs: Tensor, experts: Tensor, mask: Tensor | None = None) -> 
         experts: [T, K] int64, the chosen ones.
         mask: [T] bool, True where a token is real.
     """
-    even = torch.ones(probs.shape[-1], dtype=probs.dtype, device=probs.device)
-    raw = heterogeneous_balance_loss(probs, experts, even, mask)
+    raw = heterogeneous_balance_loss(probs, experts, None, mask)
     return raw * (probs.shape[-1] / experts.shape[-1])
 
 
 def heterogeneous_balance_loss(
-    probs: Tensor, experts: Tensor, eta: Tensor, mask: Tensor | None = None
+    probs: Tensor, experts: Tensor, eta: Tensor | None, mask: Tensor | None = None
 ) -> Tensor:
     """MoE++'s loss as its paper writes it, sum eta_e f_e P_e (arXiv:2410.07348, eq. 7).
 
@@ -39,13 +38,14 @@ def heterogeneous_balance_loss(
     Args:
         probs: [T, N], softmax over all experts.
         experts: [T, K] int64, the chosen ones.
-        eta: [N], 1 for FFN experts and tau for zero-computation experts.
+        eta: [N], 1 for FFN experts and tau for zero-computation experts; None: all 1.
         mask: [T] bool, True where a token is real.
     """
     n_tokens = _n_tokens(probs, mask)
     chosen = count_experts(experts, probs.shape[-1], mask).to(probs.dtype)  # [N]
     kept = probs if mask is None else probs.masked_fill(~mask[:, None], 0)
-    return torch.dot(eta * chosen, kept.sum(0)) / n_tokens**2
+    chosen = chosen if eta is None else eta * chosen
+    return torch.dot(chosen, kept.sum(0)) / n_tokens**2
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.base import Cost, Routing, WeightCost
+from layers.dispatch import is_decoding
 from layers.moe_plus_plus import Kinds
 from layers.names import check_choice, check_positive
 from routers.balance import heterogeneous_balance_loss, z_loss
@@ -97,6 +98,8 @@ class PathwayRouter(nn.Module):
         experts = top_indices(normed, c.top_k)  # [T, K]
         weights = self._weights(normed, probs, experts)
 
+        if is_decoding(x):
+            return Routing(experts, weights, logits, {})
         eta = probs.new_ones(c.n_routes)
         eta[c.n_experts :] = c.tau
         raw = heterogeneous_balance_loss(probs, experts, eta, mask)

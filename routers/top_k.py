@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.base import Cost, Routing, WeightCost
+from layers.dispatch import is_decoding
 from layers.names import check_positive
 from routers.balance import balance_loss, z_loss
 from routers.scores import scores, top_indices
@@ -66,11 +67,13 @@ class TopKRouter(nn.Module):
         if c.jitter and self.training:  # a new tensor: the experts read x as it is
             x = x * torch.empty_like(x).uniform_(1 - c.jitter, 1 + c.jitter)
         logits = scores(x, self.weight)  # [T, E]
-        probs = logits.softmax(-1)
         experts = top_indices(logits, c.top_k)  # [T, K]
-        if c.renormalize:  # equals dividing by the sum, in value and gradient
+        if c.renormalize:  # equals dividing p by the sum of the chosen, in value and gradient
             weights = logits.gather(-1, experts).softmax(-1)
         else:
-            weights = probs.gather(-1, experts)
-        losses = {"balance": balance_loss(probs, experts, mask), "z": z_loss(logits, mask)}
+            weights = logits.softmax(-1).gather(-1, experts)
+        if is_decoding(x):
+            return Routing(experts, weights, logits, {})
+        balance = balance_loss(logits.softmax(-1), experts, mask)
+        losses = {"balance": balance, "z": z_loss(logits, mask)}
         return Routing(experts, weights, logits, losses)
