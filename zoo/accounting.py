@@ -1,10 +1,11 @@
 """What a variant costs: counted from configs, so nothing is built."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from layers.base import Cost, WeightCost
+from layers.base import Cost, WeightCost, total
 from layers.precision import PrecisionPolicy
 from layers.precision.formats import storage_bits
 
@@ -26,11 +27,12 @@ def module_cost(module: nn.Module) -> Cost:
 
     Empty for a module that counts nothing.
     """
-    if callable(own := getattr(module, "cost", None)):
-        return own()
-    parts = [
-        config.cost().within(prefix)
-        for prefix, part in (("", module), ("router.", getattr(module, "router", None)))
-        if hasattr(config := getattr(part, "config", None), "cost")
-    ]
-    return Cost(tuple(item for part in parts for item in part))
+    own: Any = getattr(module, "cost", None)
+    if callable(own):
+        return total([own()])
+    counted: list[Cost] = []
+    for prefix, part in (("", module), ("router.", getattr(module, "router", None))):
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "cost"):
+            counted.append(config.cost().within(prefix))
+    return total(counted)

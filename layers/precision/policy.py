@@ -58,26 +58,25 @@ class LeafPrecision:
         return "/".join(dict.fromkeys(getattr(self, o).format for o in OPERANDS))
 
     @classmethod
-    def of(cls, value: "LeafPrecision | str | dict[str, Any]") -> "LeafPrecision":
+    def of(cls, value: Any) -> "LeafPrecision":
         """From a format name (all six operands), a mapping, or a LeafPrecision.
 
         A mapping may give `all` for the operands that it does not name.
         """
         if isinstance(value, LeafPrecision):
             return value
-        given = {"all": value} if isinstance(value, str) else dict(value)
+        given: dict[str, Any] = {"all": value} if isinstance(value, str) else dict(value)
         allowed = ("all", "compute", *OPERANDS)
         for key in given:
             check_choice("field of a leaf's precision", key, allowed)
         rest = given.pop("all", None)
+        compute = given.pop("compute", None)
         missing = [o for o in OPERANDS if o not in given]
         if rest is None and missing:
             raise ValueError(f"a leaf's precision lacks {', '.join(missing)}: name them, or 'all'")
-        default = QSpec.of(rest) if rest is not None else None
-        compute = given.pop("compute", None)
+        specs = {o: QSpec.of(given.get(o, rest)) for o in OPERANDS}
         if compute is None:
-            compute = default.format if default and default.is_high else "bf16"
-        specs = {o: QSpec.of(given.get(o, default)) for o in OPERANDS}
+            compute = rest if rest in HIGH_FORMATS else "bf16"
         return cls(compute=compute, **specs)
 
     def to_plain(self) -> str | dict[str, Any]:
