@@ -3,6 +3,7 @@
 from math import nan
 from random import Random
 from statistics import stdev
+from typing import Any
 
 import pytest
 import report_data
@@ -43,7 +44,7 @@ def test_clear_differences_are_named_and_small_ones_are_not_resolved():
 def test_with_several_seeds_the_noise_is_pooled_as_in_a_t_test():
     group = {0: 2.44, 1: 2.43}
     (d,) = judged(group)
-    expected = stats.ttest_ind(list(group.values()), list(BASELINE.values()))
+    expected: Any = stats.ttest_ind(list(group.values()), list(BASELINE.values()))
     assert d.p == pytest.approx(expected.pvalue)
     low, high = expected.confidence_interval(0.95)
     assert d.interval == pytest.approx((low, high))
@@ -52,7 +53,7 @@ def test_with_several_seeds_the_noise_is_pooled_as_in_a_t_test():
 def test_the_same_three_seeds_are_compared_in_pairs():
     group = {seed: x - 0.004 + 0.0004 * seed for seed, x in BASELINE.items()}
     (d,) = judged(group)
-    expected = stats.ttest_rel(list(group.values()), list(BASELINE.values()))
+    expected: Any = stats.ttest_rel(list(group.values()), list(BASELINE.values()))
     assert d.p == pytest.approx(expected.pvalue)
     low, high = expected.confidence_interval(0.95)
     assert d.interval == pytest.approx((low, high))

@@ -55,7 +55,7 @@
     }
     const final = themed({ ...layout, annotations: labels(data) });
     plot.el.style.height = `${layout.height}px`;
-    Plotly.react(plot.el, data.map(styled), final, { responsive: true, displaylogo: false, displayModeBar: plot.spec.tools ? "hover" : false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+    Plotly.react(plot.el, data.map(styled), final, { responsive: true, displaylogo: false, displayModeBar: plot.spec.tools ? "hover" : false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "autoScale2d", "resetScale2d"]] });
     plot.drawn = true;
   };
   const redraw = () => plots.forEach((plot) => plot.drawn && draw(plot));
