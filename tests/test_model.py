@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import registry
 from zoo.generate import generate
-from zoo.model import LanguageModel, ModelConfig, build, model_cost
+from zoo.model import LanguageModel, ModelConfig, _attention_mask, build, model_cost
 
 TINY = ModelConfig(
     vocab_size=17, d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, max_seq_len=24, init_std=0.3,
@@ -78,6 +78,28 @@ def test_padding_changes_nothing_for_real_tokens(side):
         for a, b in zip(got.stats, want.stats, strict=True):
             assert_close(a, b)
         assert got.logits.isfinite().all()
+
+
+def test_padding_changes_no_gradient():
+    model, ids = LanguageModel(MIXED), tokens(1, 6)
+    probe = torch.randn(6, 17)
+    mask = torch.tensor([[False] * 3 + [True] * 6 + [False]])
+    padded = torch.cat((tokens(1, 3), ids, tokens(1, 1)), 1)
+    results = []
+    for logits in (model(ids).logits[0], model(padded, mask).logits[0, 3:9]):
+        model.zero_grad()
+        (logits * probe).mean().backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_close(*results, rtol=1e-4, atol=1e-5)  # shifted positions, as above
+
+
+def test_every_token_reads_at_least_itself():
+    # a kernel may answer an empty row with NaN, and its gradient would reach every weight
+    mask = torch.tensor([[False, False, True, False], [False] * 4])
+    allowed = _attention_mask(mask, 0, 4, mask.device)
+    assert allowed is not None
+    assert allowed.diagonal(dim1=-2, dim2=-1).all()
+    assert allowed[0, 0].long().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 def test_padded_prompts_decode_like_each_alone():

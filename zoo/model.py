@@ -155,8 +155,8 @@ def _attention_mask(
 ) -> Tensor | None:
     """[B or 1, 1, S, P] bool for queries `start`, `start + 1`, ...; None where none is needed.
 
-    mask: [B, P], True where a token is real. Padding reads itself, so that no row is empty: its
-    numbers stay finite, and no real token reads them.
+    mask: [B, P], True where a token is real. Padding reads itself, so that no row is empty
+    (some kernels answer one with NaN); no real token reads padding.
     """
     if mask is None and (start == 0 or length == 1):
         return None
