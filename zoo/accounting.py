@@ -1,5 +1,6 @@
 """What a variant costs: counted from configs, so nothing is built."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +28,9 @@ def module_cost(module: nn.Module) -> Cost:
 
     Empty for a module that counts nothing.
     """
-    own: Any = getattr(module, "cost", None)
-    if callable(own):
-        return total([own()])
+    own: Callable[[], Cost] | None = getattr(module, "cost", None)
+    if own is not None:
+        return own()
     counted: list[Cost] = []
     for prefix, part in (("", module), ("router.", getattr(module, "router", None))):
         config: Any = getattr(part, "config", None)
