@@ -120,6 +120,16 @@ class Attention(nn.Module):
         Returns:
             [B, S, D], in the compute dtype of the leaf `out`.
         """
+        q, k, v = self._heads(x, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=True
+        )
+        return self.out(rearrange(y, "b n s h -> b s (n h)"))
+
+    def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, S, D]. Queries [B, H, S, h] and keys [B, G, S, h], rotated; values [B, G, S, h]."""
         c = self.config
         heads = rearrange(self.qkv(x), "b s (n h) -> b n s h", n=c.n_qkv)
         if self.q_norm is None or self.k_norm is None:
@@ -128,12 +138,7 @@ class Attention(nn.Module):
             q, k, v = heads.split((c.n_heads, c.n_kv_heads, c.n_kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, *rope).split((c.n_heads, c.n_kv_heads), dim=1)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=True
-        )
-        return self.out(rearrange(y, "b n s h -> b s (n h)"))
+        return q, k, v
 
 
 def rope_tables(

@@ -80,23 +80,10 @@ class LanguageModel(nn.Module, Pretrained):
         Raises:
             ValueError: for a wrong shape, or more tokens than `max_seq_len` or the cache hold.
         """
-        start = 0 if cache is None else cache.length
         self._check(tokens, mask, cache)
-        seen = mask if cache is None else cache.append_mask(mask, *tokens.shape)
-        x = self.embedding(tokens)
-        context = Context(
-            rope=rope_tables(
-                start,
-                tokens.shape[1],
-                self.config.attention.d_head,
-                self.config.rope_base,
-                x.device,
-            ),
-            mask=mask,
-            attention_mask=_attention_mask(seen, start, tokens.shape[1], x.device),
-        )
+        context = self._context(tokens, mask, cache)
+        x, carry = self.embedding(tokens), None
         outputs: list[BlockOutput] = []
-        carry = None
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -118,6 +105,17 @@ class LanguageModel(nn.Module, Pretrained):
     def cost(self, seq_len: int | None = None, *, causal: bool = True) -> Cost:
         """`model_cost` of this model, at `max_seq_len` unless told."""
         return model_cost(self.config, seq_len or self.config.max_seq_len, causal=causal)
+
+    def _context(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> Context:
+        """What all blocks read; the cache takes the mask here, and keys and values in the blocks."""
+        c, length, device = self.config, tokens.shape[1], tokens.device
+        start = 0 if cache is None else cache.length
+        seen = mask if cache is None else cache.append_mask(mask, *tokens.shape)
+        return Context(
+            rope=rope_tables(start, length, c.attention.d_head, c.rope_base, device),
+            mask=mask,
+            attention_mask=_attention_mask(seen, start, length, device),
+        )
 
     def _check(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> None:
         if tokens.ndim != 2:
