@@ -233,6 +233,9 @@ def test_a_diverged_run_is_called_so_and_never_wins(results):
     assert "diverged" in Page(html).text
     verdict = study(read_results(changed)).verdicts["moe", "bf16"]
     assert verdict.word == "not resolved"
+    for run in changed["runs"]:
+        run["final"]["bpb"] = nan
+    assert "quality-against-cost" not in sections_of(render(changed))
 
 
 def test_one_baseline_seed_is_said_on_the_page():

@@ -119,8 +119,10 @@ def _frontiers(s: Study) -> dict[str, Any]:
 
 
 def _frontier(s: Study, title: str, value: Any, more: bool) -> Any:
-    figure, axes = _axes(5.2, 3.4)
     points = [(g, x) for g in s.groups if (x := value(g)) is not None and isfinite(g.bpb)]
+    if not points:
+        return None
+    figure, axes = _axes(5.2, 3.4)
     line = pareto([x for _, x in points], [g.bpb for g, _ in points], more)
     axes.step(*zip(*line, strict=True), where="post", color=GREY, linestyle=":", linewidth=1)
     for g, x in points:
