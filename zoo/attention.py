@@ -129,7 +129,7 @@ class Attention(nn.Module):
         return self.out(rearrange(y, "b n s h -> b s (n h)"))
 
     def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, S, D]. Queries [B, H, S, h] and keys [B, G, S, h], rotated; values [B, G, S, h]."""
+        """x: [B, S, D]. Returns rotated q [B, H, S, h] and k [B, G, S, h], and v [B, G, S, h]."""
         c = self.config
         heads = rearrange(self.qkv(x), "b s (n h) -> b n s h", n=c.n_qkv)
         if self.q_norm is None or self.k_norm is None:

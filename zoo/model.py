@@ -107,7 +107,7 @@ class LanguageModel(nn.Module, Pretrained):
         return model_cost(self.config, seq_len or self.config.max_seq_len, causal=causal)
 
     def _context(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> Context:
-        """What all blocks read; the cache takes the mask here, and keys and values in the blocks."""
+        """What all blocks read. The cache takes the mask here; blocks give it keys and values."""
         c, length, device = self.config, tokens.shape[1], tokens.device
         start = 0 if cache is None else cache.length
         seen = mask if cache is None else cache.append_mask(mask, *tokens.shape)
