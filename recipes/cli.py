@@ -3,14 +3,18 @@
 import importlib.util
 import json
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from recipes.environment import prepare
+
 PACKAGES = ("layers", "routers", "zoo", "recipes")
 EXIT_ERROR = 2  # a known error, in one line on stderr
 EXIT_INTERRUPTED = 130
+STDERR = 2
 
 app = typer.Typer(
     name="zoo",
@@ -71,7 +75,8 @@ def train(recipe: Annotated[str, typer.Argument(help="A file, or a shipped one's
     settled = load.load(recipe, said)
     from recipes.train import train as run
 
-    result = run(settled, str(out))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = run(settled, str(out))
     if as_json:
         print(json.dumps(result))
 
@@ -83,14 +88,16 @@ def compare(comparison: Annotated[str, typer.Argument(help="A file, or a shipped
     from recipes import compare as comparing
     from recipes import show
     from recipes.comparison import read_comparison
+    from recipes.planning import plan
 
-    plan = read_comparison(comparison, overrides or [])
-    show.plan(plan)
-    report = comparing.compare(plan)
+    settled = plan(*read_comparison(comparison, overrides or []))
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        show.plan(settled)
+        report = comparing.compare(settled, child_stdout=STDERR if as_json else None)
     if as_json:
-        print((plan.out / "results.json").read_text(), end="")
+        print((settled.out / "results.json").read_text(), end="")
     else:
-        show.results(plan.out / "results.json")
+        show.results(settled.out / "results.json")
         print(f"report: {report}", flush=True)
 
 
@@ -156,6 +163,7 @@ def main() -> None:
     """Entry point: a known error is one line on stderr and exit status 2, without a traceback."""
     try:
         check_installation()
+        prepare()
         status = app(standalone_mode=False)
     except (ValueError, OSError) as error:
         _end(str(error), EXIT_ERROR)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes import load, record
-from recipes.comparison import Plan, PlannedRun
 from recipes.names import precision_label
+from recipes.planning import Plan, PlannedRun
 from recipes.report import results_csv, write_report
 from recipes.report.records import SCHEMA
 
@@ -21,11 +21,15 @@ class RunFailed(ValueError):
     """A run ended badly; the message is one line."""
 
 
-def compare(plan: Plan) -> Path:
+def compare(plan: Plan, *, child_stdout: int | None = None) -> Path:
     """Train the runs of a comparison that are not finished, then write what it found.
 
     A finished run is kept, a killed one goes on from its last checkpoint: however often this is
     stopped and started, the numbers are those of one uninterrupted go (but for the seconds).
+
+    Args:
+        plan: what to run.
+        child_stdout: where the runs' own lines go; None: to this process's stdout.
 
     Returns:
         The report.
@@ -40,7 +44,8 @@ def compare(plan: Plan) -> Path:
         _claim(plan)
         started = time.monotonic()
         for number, run in enumerate(plan.runs, start=1):
-            _ensure(run, out / "runs" / run.id, f"[{number}/{len(plan.runs)}]")
+            count = f"[{number}/{len(plan.runs)}]"
+            _ensure(run, out / "runs" / run.id, count, child_stdout)
         return _write(plan, time.monotonic() - started)
 
 
@@ -58,7 +63,7 @@ def _claim(plan: Plan) -> None:
         record.write_text(path, load.to_yaml(plan.resolved))
 
 
-def _ensure(run: PlannedRun, directory: Path, count: str) -> None:
+def _ensure(run: PlannedRun, directory: Path, count: str, stdout: int | None) -> None:
     """Have a finished run in the directory."""
     recipe = load.to_plain(run.recipe)
     done = record.read_result(directory)
@@ -73,12 +78,12 @@ def _ensure(run: PlannedRun, directory: Path, count: str) -> None:
     if not (directory / "recipe.yaml").is_file():
         record.write_text(directory / "recipe.yaml", load.to_yaml(run.recipe))
     print(f"{count} {run.id}", flush=True)
-    _run_in_process(run, directory)
+    _run_in_process(run, directory, stdout)
     if record.read_result(directory) is None:
         raise RunFailed(f"run {run.id} ended without a result, see {directory / 'stderr.txt'}")
 
 
-def _run_in_process(run: PlannedRun, directory: Path) -> None:
+def _run_in_process(run: PlannedRun, directory: Path, stdout: int | None) -> None:
     """Train in a child that ends with this process; its own session keeps Ctrl-C from it."""
     command = [sys.executable, "-P", "-m", "recipes.worker"]
     command += [str(directory), run.variant, str(os.getpid())]
@@ -86,7 +91,9 @@ def _run_in_process(run: PlannedRun, directory: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     errors = directory / "stderr.txt"
     with errors.open("wb") as stderr:
-        child = subprocess.Popen(command, env=environment, stderr=stderr, start_new_session=True)
+        child = subprocess.Popen(
+            command, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
+        )
         try:
             status = child.wait()
         except BaseException:

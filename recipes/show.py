@@ -14,7 +14,7 @@ from layers.names import unknown
 from recipes.costing import BYTES_AT_TOKENS
 
 if TYPE_CHECKING:
-    from recipes.comparison import Plan
+    from recipes.planning import Plan
 
 
 def catalogue(pattern: str, as_json: bool) -> None:

@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from recipes.environment import prepare
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -24,6 +26,7 @@ def main() -> int:
     """Train the recipe that lies in the directory; 2 and one line on stderr for a known error."""
     directory, label, parent = sys.argv[1:]
     die_with(int(parent))
+    prepare()
     from recipes.load import load
     from recipes.train import train
 

@@ -1,0 +1,191 @@
+"""The runs that a comparison comes to: budgets matched, differences checked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layers.names import check_positive
+from recipes import load
+from recipes.comparison import Comparison, Variant, baseline_of, shared_recipe, variants_of
+from recipes.costing import whole_model_cost
+from recipes.names import precision_label
+from recipes.report.records import Match
+from recipes.schema import Recipe
+from zoo.budget import measure_of, solve_width
+from zoo.registry import find
+
+MAY_DIFFER = ("model.ffn", "model.router", "precision", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a comparison."""
+
+    id: str
+    variant: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A comparison with everything settled."""
+
+    comparison: Comparison
+    resolved: dict[str, Any]  # the comparison as a plain mapping, its recipe written out
+    target: float
+    matched: tuple[Match, ...]
+    runs: tuple[PlannedRun, ...]
+
+    @property
+    def out(self) -> Path:
+        """Where it goes."""
+        return Path(self.comparison.out or f"runs/{self.comparison.name}")
+
+
+def plan(comparison: Comparison, overrides: Mapping[str, Any] | None = None) -> Plan:
+    """Settle every run.
+
+    Args:
+        comparison: what to compare.
+        overrides: keys of the shared recipe.
+
+    Raises:
+        ValueError: for a wrong name, option or value, an unknown baseline, a budget that a variant
+            cannot meet, or recipes that differ where they may not.
+    """
+    c = comparison
+    check_positive(tolerance=c.tolerance, multiple_of=c.multiple_of)
+    if "/" in c.name or c.name in ("", ".", ".."):
+        raise ValueError(f"comparison: name must be usable as a folder's, got {c.name!r}")
+    shared = shared_recipe(c.recipe, overrides or {})
+    variants = variants_of(c.variants)
+    base = baseline_of(c, variants)
+    target, solved, matched = _match(c, shared, variants, base)
+    runs = [
+        _run(shared, variant, precision, seed)
+        for seed in c.seeds
+        for variant in solved
+        for precision in c.precisions
+    ]
+    baseline = solved[variants.index(base)]
+    extra = [_run(shared, baseline, c.baseline.precision, seed) for seed in c.extra_seeds]
+    runs = _distinct([*runs, *extra])
+    _check_differences(c, runs)
+    resolved = {**load.to_plain(c), "recipe": _written_out(shared)}
+    del resolved["out"]
+    return Plan(comparison=c, resolved=resolved, target=target, matched=matched, runs=runs)
+
+
+def _recipe(shared: Mapping[str, Any], variant: Variant, precision: Any, seed: int) -> Recipe:
+    plain = load.merged(shared, variant.recipe)
+    plain["model"] = {**plain["model"], "ffn": variant.ffn}
+    try:
+        return load.load({**plain, "precision": precision, "seed": seed})
+    except ValueError as error:
+        raise ValueError(f"{variant.label}: {error}") from None
+
+
+def _match(
+    c: Comparison, shared: Mapping[str, Any], variants: Sequence[Variant], base: Variant
+) -> tuple[float, list[Variant], tuple[Match, ...]]:
+    """The budget, the variants with their widths solved, and how nearly each comes."""
+    read = measure_of("flops" if c.hold == "active_flops" else c.hold)
+
+    def measure(variant: Variant) -> float:
+        return read(whole_model_cost(_recipe(shared, variant, c.baseline.precision, 0)))
+
+    target = measure(base)
+    solved: list[Variant] = []
+    matches: list[Match] = []
+    for variant in variants:
+        entry, width = _width(shared, variant)
+        if variant is not base and entry is not None and width is None:
+            variant, width = _solve(c, variant, entry, measure, target)
+        value = measure(variant)
+        residual = (value - target) / target
+        if abs(residual) > c.tolerance:
+            raise ValueError(
+                f"{variant.label}: {c.hold} is {value:.6g}, {residual:+.1%} from the baseline's "
+                f"{target:.6g}: leave {entry or 'its width'} out to have it solved, or allow a "
+                f"larger tolerance than {c.tolerance}"
+            )
+        solved.append(variant)
+        matches.append(
+            Match(
+                variant=variant.label,
+                width_field=entry,
+                width=width,
+                value=value,
+                residual=residual,
+            )
+        )
+    return target, solved, tuple(matches)
+
+
+def _width(shared: Mapping[str, Any], variant: Variant) -> tuple[str | None, int | None]:
+    """The variant's width field and what it says of it; None where it has none to turn."""
+    if not isinstance(variant.ffn, Mapping) or "name" not in variant.ffn:
+        return None, None
+    entry = find(variant.ffn["name"])
+    return entry.width, variant.ffn.get(entry.width) if entry.width else None
+
+
+def _solve(
+    c: Comparison, variant: Variant, field_name: str, measure: Callable[[Variant], float],
+    target: float,
+) -> tuple[Variant, int]:  # fmt: skip
+    def at(width: int) -> Variant:
+        ffn = {**variant.ffn, field_name: width}
+        return Variant(label=variant.label, ffn=ffn, recipe=variant.recipe)
+
+    try:
+        found = solve_width(
+            lambda width: measure(at(width)),
+            target,
+            multiple_of=c.multiple_of,
+            tolerance=c.tolerance,
+        )
+    except ValueError as error:
+        raise ValueError(f"{variant.label}: {c.hold}: {error}") from None
+    return at(found.width), found.width
+
+
+def _run(shared: Mapping[str, Any], variant: Variant, precision: Any, seed: int) -> PlannedRun:
+    recipe = _recipe(shared, variant, precision, seed)
+    run_id = f"{variant.label}-{precision_label(precision)}-s{seed}"
+    return PlannedRun(id=run_id, variant=variant.label, recipe=recipe)
+
+
+def _distinct(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
+    """Each run once; a seed may stand in `seeds` and in `extra_seeds`."""
+    by_id: dict[str, PlannedRun] = {}
+    for run in runs:
+        if by_id.setdefault(run.id, run).recipe != run.recipe:
+            raise ValueError(f"comparison: two different runs are called {run.id}: name them apart")
+    return tuple(by_id.values())
+
+
+def _check_differences(c: Comparison, runs: Sequence[PlannedRun]) -> None:
+    """Raise where recipes differ outside the allow-list."""
+    allowed = (*MAY_DIFFER, *c.allow)
+    first = load.to_plain(runs[0].recipe)
+    for run in runs[1:]:
+        offending = [
+            path
+            for path in load.differences(first, load.to_plain(run.recipe))
+            if not any(path == key or path.startswith(f"{key}.") for key in allowed)
+        ]
+        if offending:
+            raise ValueError(
+                f"the recipes of {runs[0].id} and {run.id} differ in {', '.join(offending)}: make "
+                "them equal, or add the keys to `allow`"
+            )
+
+
+def _written_out(shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The shared recipe with every default, but for what each run sets itself."""
+    model = {**shared.get("model", {}), "ffn": "swiglu"}
+    plain = load.to_plain(load.merge(Recipe, {**shared, "model": model}, (), what="recipe"))
+    del plain["seed"], plain["precision"], plain["model"]["ffn"]
+    return plain
