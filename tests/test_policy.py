@@ -124,6 +124,19 @@ def test_wrong_policies_are_refused_at_the_door(given, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tied_head_follows_the_policy_and_counts_once():
+    config = {"d_model": 32, "n_layers": 1, "n_heads": 2, "ffn": "swiglu"}
+    model = zoo.build({"model": config})
+    report = zoo.set_precision(model, "mxfp4")
+    assert model.head.precision == PRESETS["bf16"].default
+    rows = {p.name: p for p in report.parameters}
+    assert (rows["head.weight"].format, rows["head.weight"].params) == ("bf16", 0)
+    assert rows["head.weight"].flops
+    assert rows["embedding.weight"].role == "embedding"
+    assert sum(p.params for p in report.parameters) == sum(p.numel() for p in model.parameters())
+    assert sum((report.flops_share() or {}).values()) == pytest.approx(1)
+
+
 def test_flops_and_weights_are_reported_for_a_variant():
     ffn = zoo.create("moe", d_model=32, n_experts=4)
     report = zoo.set_precision(ffn, "nvfp4")

@@ -108,8 +108,8 @@ def apply_policy(
             f"where={where!r} matches no leaf, so nothing would change. Leaves: {names}"
         )
     n_layers = 1 + max((b for n, _ in owned.values() if (b := _block(n)) is not None), default=-1)
-    rows, choices = [], []
-    for name, parameter in module.named_parameters():
+    rows, choices, seen = [], [], set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         role, rule, precision = (roles or {}).get(name, "other"), None, None
         if name in owned:
             leaf_name, leaf = owned[name]
@@ -121,10 +121,12 @@ def apply_policy(
                 choices.append((leaf, precision))
         rows.append(
             Covered(
-                name=name, role=role, params=parameter.numel(), rule=rule, precision=precision,
+                name=name, role=role, rule=rule, precision=precision,
+                params=0 if id(parameter) in seen else parameter.numel(),  # tied: counted once
                 flops=None if flops is None else flops.get(name, 0.0),
             )
         )  # fmt: skip
+        seen.add(id(parameter))
     report = CoverageReport(policy=policy, parameters=tuple(rows))
     if policy.strict and where == "*":
         _refuse_misses(module, report)
