@@ -55,7 +55,7 @@ def _table(rows: tuple[Entry, ...], kind: str) -> dict[str, Entry]:
     for row in rows:
         for name in (row.name, *row.aliases):
             if name in table:
-                raise ValueError(f"two {kind}s are named {name!r}: rename one")
+                raise ValueError(f"two {kind} entries are named {name!r}: rename one")
             table[name] = row
     return table
 
@@ -75,7 +75,7 @@ def entries(kind: str = "ffn") -> dict[str, Entry]:
     own = {"ffn": FFNS, "router": ROUTERS}
     if kind not in own:
         raise unknown("kind of entry", kind, own)
-    return _table(own[kind] + tuple(e for e in _plugins() if e.kind == kind), f"{kind} entry")
+    return _table(own[kind] + tuple(e for e in _plugins() if e.kind == kind), kind)
 
 
 def find(name: str, kind: str = "ffn") -> Entry:
@@ -84,7 +84,7 @@ def find(name: str, kind: str = "ffn") -> Entry:
     Raises:
         ValueError: when there is none; names the nearest.
     """
-    own = _table({"ffn": FFNS, "router": ROUTERS}[kind], f"{kind} entry")
+    own = _table({"ffn": FFNS, "router": ROUTERS}[kind], kind)
     if name in own:
         return own[name]
     table = entries(kind)
