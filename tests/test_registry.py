@@ -143,9 +143,7 @@ def test_a_name_that_exists_twice_is_an_error(plug):
 
 def test_a_row_must_name_a_real_width():
     with pytest.raises(ValueError, match="width 'd_f' is no field"):
-        Entry(
-            name="x", module=SwiGLU, config=SwiGLUConfig, summary="", paper="", tiny={}, width="d_f"
-        )
+        row("swiglu2", width="d_f")
 
 
 @pytest.mark.parametrize(
