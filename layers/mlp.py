@@ -63,5 +63,6 @@ class MLP(nn.Module):
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
     ) -> FFNOutput:
         """x: [B, S, D]; mask: [B, S] bool. carry is not read and not handed on."""
-        y = self.down(ACTIVATIONS[self.config.activation](self.up(x))).type_as(x)
-        return FFNOutput(y if mask is None else y.masked_fill(~mask[..., None], 0))
+        if mask is not None:  # whatever stands there, NaN included; without biases 0 gives 0
+            x = x.masked_fill(~mask[..., None], 0)
+        return FFNOutput(self.down(ACTIVATIONS[self.config.activation](self.up(x))).type_as(x))

@@ -188,7 +188,7 @@ class MoE(nn.Module):
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
     ) -> FFNOutput:
         """x: [B, S, D]; carry: [B, S, E'] for routers that read it; mask: [B, S] bool."""
-        c, (b, s, _) = self.config, x.shape
+        c = self.config
         tokens, carry, mask = flatten_inputs(x, carry, mask)
         routing: Routing = self.router(tokens, carry, mask)
         check_routing(routing, c.n_experts)
@@ -196,14 +196,14 @@ class MoE(nn.Module):
         keep = None if mask is None else mask[:, None].expand_as(routing.experts)
         experts = Experts(self.gate_up, self.down, c.activation)
         y = run_experts(tokens, routing.experts, routing.weights, keep, experts)
-        y = y.view(b, s, -1)
+        y = y.view(x.shape)
         if self.shared is not None:
-            y = y + self.shared(tokens.view(b, s, -1)).y
+            y = y + self.shared(tokens.view(x.shape)).y
         return FFNOutput(
             y=y.type_as(x),
             losses=routing.losses,
             stats=None if is_decoding(tokens) else self._stats(routing.experts, mask),
-            carry=routing.logits.view(b, s, -1),
+            carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
     def _stats(self, experts: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

@@ -204,7 +204,7 @@ class MoEPlusPlus(nn.Module):
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
     ) -> FFNOutput:
         """x: [B, S, D]; carry: [B, S, E'], logits of the previous MoE layer; mask: [B, S] bool."""
-        c, (b, s, _) = self.config, x.shape
+        c = self.config
         tokens, carry, mask = flatten_inputs(x, carry, mask)
         routing: Routing = self.router(tokens, carry, mask)
         check_routing(routing, c.n_routes)
@@ -220,10 +220,10 @@ class MoEPlusPlus(nn.Module):
         if c.constants + c.n_copy:
             y = self._add_zero_computation(y, tokens, routing.experts, weights)
         return FFNOutput(
-            y=y.view(b, s, -1),
+            y=y.view(x.shape),
             losses=routing.losses,
             stats=None if is_decoding(tokens) else self._stats(routing.experts, keep, mask),
-            carry=routing.logits.view(b, s, -1),
+            carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
     def _add_zero_computation(

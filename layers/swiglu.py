@@ -82,5 +82,6 @@ class SwiGLU(nn.Module):
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
     ) -> FFNOutput:
         """x: [B, S, D]; mask: [B, S] bool. carry is not read and not handed on."""
-        y = self.down(glu(self.gate_up(x), self.config.activation)).type_as(x)
-        return FFNOutput(y if mask is None else y.masked_fill(~mask[..., None], 0))
+        if mask is not None:  # whatever stands there, NaN included; without biases 0 gives 0
+            x = x.masked_fill(~mask[..., None], 0)
+        return FFNOutput(self.down(glu(self.gate_up(x), self.config.activation)).type_as(x))

@@ -119,9 +119,10 @@ class PathwayRouter(nn.Module):
         """l / std(l) * s, unbiased std over a token's experts; the mean stays (released code)."""
         if self.config.logit_norm is None:
             return logits
-        std = logits.std(dim=-1, keepdim=True)
-        # A token whose logits are all equal (one of zeros) has no direction to normalise.
-        return logits / std.clamp_min(1e-6) * self.config.logit_norm
+        centred = logits - logits.mean(-1, keepdim=True)
+        variance = centred.square().sum(-1, keepdim=True) / (self.config.n_routes - 1)
+        # A token whose logits are all equal (one of zeros) has no deviation to divide by.
+        return logits / variance.clamp_min(1e-12).sqrt() * self.config.logit_norm
 
     def _weights(self, logits: Tensor, probs: Tensor, experts: Tensor) -> Tensor:
         """[T, K], by one of three rules (moe.md 4.3)."""
