@@ -60,6 +60,15 @@ def grouped_wgrad(
     return torch.ops.moe_zoo.grouped_wgrad(dy, x, counts, dtype or dy.dtype, backend)
 
 
+def scale_rows_(y: Tensor, scale: Tensor, counts: Tensor) -> Tensor:
+    """Multiply each expert's rows by its number, in place, rounding once. Not differentiable.
+
+    y: [N, F]; scale: [E] float32; counts: [E] int64. Returns y.
+    """
+    torch.ops.moe_zoo.scale_rows_(y, scale, counts)
+    return y
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
@@ -177,6 +186,23 @@ def _grouped_wgrad(
         else:
             dw_e.copy_(torch.mm(dy_e.t(), x_e, out=product))
     return dw
+
+
+def _scale_rows_(y: Tensor, scale: Tensor, counts: Tensor) -> None:
+    if y.is_cuda:  # no host read
+        y.mul_(torch.repeat_interleave(scale, counts, output_size=y.shape[0])[:, None])
+        return
+    for y_e, scale_e in zip(y.split(counts.tolist()), scale.unbind(0), strict=True):
+        y_e.mul_(scale_e)  # a number, which is multiplied in float32 without a cast of y
+
+
+_library.define("scale_rows_(Tensor(a!) y, Tensor scale, Tensor counts) -> ()")
+_library.impl("scale_rows_", _scale_rows_, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("moe_zoo::scale_rows_", lib=_library)
+def _(y: Tensor, scale: Tensor, counts: Tensor) -> None:
+    return None
 
 
 _ROWS_SCHEMA = "(Tensor rows, Tensor w, Tensor counts, str backend) -> Tensor"

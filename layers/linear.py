@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.grouped import grouped_linear, grouped_mm, grouped_mm_dx, grouped_wgrad
+from layers.grouped import (
+    grouped_linear,
+    grouped_mm,
+    grouped_mm_dx,
+    grouped_wgrad,
+    scale_rows_,
+)
 from layers.names import check_positive
 from layers.precision.formats import quantize
 from layers.precision.leaf import Leaf
@@ -187,11 +193,8 @@ class _QuantizedExperts(torch.autograd.Function):
 
 
 def _scaled_rows(y: Tensor, scale: Tensor | None, counts: Tensor) -> Tensor:
-    """The epilogue with one scale per expert. y: [N, F]; scale, counts: [E]."""
-    if scale is None:
-        return y
-    rows = torch.repeat_interleave(scale, counts, output_size=y.shape[0])
-    return y.mul_(rows[:, None])
+    """The epilogue with one scale per expert, in place. y: [N, F]; scale, counts: [E]."""
+    return y if scale is None else scale_rows_(y, scale, counts)
 
 
 class _QuantizedRows(torch.autograd.Function):

@@ -74,7 +74,7 @@ class LeafPrecision:
         missing = [o for o in OPERANDS if o not in given]
         if rest is None and missing:
             raise ValueError(f"a leaf's precision lacks {', '.join(missing)}: name them, or 'all'")
-        specs = {o: QSpec.of(given[o] if o in given else rest) for o in OPERANDS}  # pyright: ignore
+        specs = {o: QSpec.of(given.get(o, rest)) for o in OPERANDS}  # pyright: ignore
         if compute is None:
             compute = rest if rest in HIGH_FORMATS else "bf16"
         return cls(compute=compute, **specs)
