@@ -47,9 +47,11 @@ class Card:
             lines.append(f"  also called: {', '.join(self.aliases)}")
         if self.router:
             lines.append(f"  router: {self.router}")
-        lines += [f"  preset {name}: {options}" for name, options in self.presets.items()]
+        for name, options in self.presets.items():
+            lines.append(f"  preset {name}: {', '.join(f'{k}={v}' for k, v in options.items())}")
         for o in self.options:
-            lines.append(f"  {o.owner}.{o.name}: {o.type} = {o.default}  {o.comment}".rstrip())
+            option = f"{o.owner}.{o.name}: {o.type} = {o.default}"
+            lines.append(f"  {option:<58}{o.comment}".rstrip())
         if self.cost:
             lines.append(
                 f"  at {self.reference}: {self.cost.params:,} parameters, "
@@ -78,7 +80,7 @@ def describe(name: str) -> Card:
         name=entry.name,
         kind=entry.kind,
         summary=entry.summary,
-        equation=inspect.cleandoc(entry.module.__doc__ or "").split("\n\n")[0].replace("\n", " "),
+        equation=" ".join((entry.module.__doc__ or "").split()),
         paper=entry.paper,
         aliases=entry.aliases,
         presets={preset: dict(values) for preset, values in entry.presets.items()},
@@ -105,6 +107,9 @@ def _options(entry: Entry) -> tuple[Option, ...]:
 
 
 def _comments(config: type[Any]) -> dict[str, str]:
-    """The comment behind each field, as the source has it."""
+    """The comment behind each field, as the source of the class that declares it has it."""
     pattern = re.compile(r"^    (\w+):[^#\n]*#\s*(.+)$", re.MULTILINE)
-    return dict(pattern.findall(inspect.getsource(config)))
+    found: dict[str, str] = {}
+    for kind in reversed(config.__mro__[:-1]):
+        found |= dict(pattern.findall(inspect.getsource(kind)))
+    return found
