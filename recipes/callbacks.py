@@ -2,6 +2,7 @@
 
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself reads on over flipped bits
+            broken = archive.testzip()
+        if broken:
+            raise ValueError(f"wrong checksum of {broken}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         complete = {"state_dict", "loops", "callbacks", "optimizer_states"} <= checkpoint.keys()
     except Exception as error:  # torch, zip and pickle raise a dozen kinds
