@@ -1,28 +1,25 @@
 """MoE efficiency on one CPU thread: tokens/s relative to our dense SwiGLU of equal active FLOPs.
 
-    python -m benchmarks.moe [--quick] [--rounds 7] [--out benchmarks/moe.md]
+    python benchmarks/moe.py [--quick] [--rounds 7] > benchmarks/moe.md
 
 Both sides run on the same backend, in one process, interleaved: the ratio is taken inside each
 round and its median over the rounds is printed, in process CPU time. "bf16" is bf16 tokens and
 weights; "bf16 leaf" keeps fp32 master weights that the leaves cast, as recipes train; "fp32" runs
 through oneDNN, which keeps full precision on a CPU without AMX (checked). In the MoE++ table the
-routing is forced, so that exactly a share p of assignments goes to the zero-computation experts,
-and the speed-up is over the same layer at p = 0.
+routing is forced, so that exactly a share p of assignments goes to the zero-computation experts
+(2 constants, 1 copy, 1 zero), and the speed-up is over `moe`, its routing forced as well.
 """
 
 import argparse
 import ctypes
-import datetime
 import gc
-import platform
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
+from timing import interleaved, machine, markdown, ratio
 from torch import Tensor, nn
 
 from layers.base import Routing
@@ -33,6 +30,7 @@ from layers.precision.policy import PrecisionPolicy
 from layers.swiglu import SwiGLU, SwiGLUConfig
 from routers.top_k import TopKRouter, TopKRouterConfig
 
+ROUTER_ROLES = {"router.weight": "router", "router.logits": "router"}
 D_MODEL = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16 leaf": torch.bfloat16}
 
@@ -77,15 +75,15 @@ SHARES = ((0.25, 1.20), (0.50, 1.65), (0.75, 2.70))  # p, the training speed-up 
 class Fixed(nn.Module):
     """A router that has decided: a share p of assignments to zero-computation experts."""
 
-    def __init__(self, n_tokens: int, config: MoEPlusPlusConfig, share: float):
+    def __init__(self, n_tokens: int, n_ffn: int, n_routes: int, share: float):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        a = n_tokens * config.top_k
-        free = torch.arange(config.n_experts, config.n_routes).repeat(a)[: round(share * a)]
-        ffn = torch.arange(config.n_experts).repeat(a)[: a - free.numel()]
+        a = 2 * n_tokens
+        free = torch.arange(n_ffn, n_routes).repeat(a)[: round(share * a)]
+        ffn = torch.arange(n_ffn).repeat(a)[: a - free.numel()]
         ids = torch.cat([ffn, free])[torch.randperm(a, generator=generator)]
-        self.experts = ids.view(n_tokens, config.top_k)
-        self.logits = nn.Parameter(torch.randn(n_tokens, config.n_routes, generator=generator))
+        self.experts = ids.view(n_tokens, 2)
+        self.logits = nn.Parameter(torch.randn(n_tokens, n_routes, generator=generator))
 
     def forward(self, x: Tensor, carry: Tensor | None, mask: Tensor | None) -> Routing:
         """Weights are a softmax, so that their gradient is computed too."""
@@ -106,7 +104,7 @@ def build(row: Row) -> tuple[nn.Module, nn.Module]:
 def prepare(layer: nn.Module, kind: str) -> nn.Module:
     """Weights in the dtype of the row; the router's stay float32."""
     if kind == "bf16 leaf":
-        apply_policy(layer, PrecisionPolicy.of("bf16"), roles={"router.weight": "router"})
+        apply_policy(layer, PrecisionPolicy.of("bf16"), roles=ROUTER_ROLES)
     elif kind == "bf16":
         for name, parameter in layer.named_parameters():
             if "router" not in name:
@@ -131,23 +129,9 @@ def steps(layers: list[nn.Module], x: Tensor, train: bool) -> Callable[[], None]
     return both if train else forward
 
 
-def interleaved(candidates: list[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of process CPU time a call, per round and candidate."""
-    calls, table = [], []
-    for step in candidates:
-        step()
-        start = time.process_time()
-        step()
-        calls.append(max(1, int(0.1 / max(time.process_time() - start, 1e-6))))
-    for _ in range(rounds):
-        times = []
-        for step, n in zip(candidates, calls, strict=True):
-            start = time.process_time()
-            for _ in range(n):
-                step()
-            times.append((time.process_time() - start) / n)
-        table.append(times)
-    return table
+def repeats(n_tokens: int) -> int:
+    """Calls in a round: enough for the clock, few enough to interleave."""
+    return max(1, min(64, 256 // n_tokens))
 
 
 def check(row: Row) -> None:
@@ -177,44 +161,43 @@ def measure(row: Row, rounds: int) -> dict[str, float]:
     got = {}
     for name, train in (("forward", False), ("train", True)):
         if getattr(row, name) is not None:
-            table = interleaved([steps(dense, x, train), steps(moe, x, train)], rounds)
-            got[name] = median(d / m for d, m in table)
+            candidates = {"dense": steps(dense, x, train), "moe": steps(moe, x, train)}
+            times = interleaved(candidates, rounds=rounds, repeats=repeats(row.n_tokens))
+            got[name] = ratio(times, "dense", "moe")
     del pairs, dense, moe
     gc.collect()
     return got
 
 
 def measure_shares(kind: str, rounds: int) -> dict[float, float]:
-    """Training speed-up of MoE++ at each share p of zero-computation assignments over p = 0."""
-    config = MoEPlusPlusConfig(d_model=D_MODEL, d_expert=704, capacity_factor=None)
-    x = torch.randn(1, 4096, D_MODEL, dtype=DTYPES[kind])
-    shares = [0.0, *(p for p, _ in SHARES)]
-    layers = [prepare(MoEPlusPlus(config, Fixed(4096, config, p)), kind) for p in shares]
-    table = interleaved([steps([layer], x, True) for layer in layers], rounds)
-    return {p: median(t[0] / t[i] for t in table) for i, p in enumerate(shares) if p}
+    """Training speed-up of MoE++ over MoE, by the share p of zero-computation assignments."""
+    n_tokens, config = 4096, MoEPlusPlusConfig(d_model=D_MODEL, d_expert=704, capacity_factor=None)
+    x = torch.randn(1, n_tokens, D_MODEL, dtype=DTYPES[kind])
+    n = config.n_experts
+    plain = MoE(MoEConfig(d_model=D_MODEL, d_expert=704), Fixed(n_tokens, n, n, 0.0))
+    layers: dict[str, nn.Module] = {"moe": plain}
+    for p, _ in SHARES:
+        layers[str(p)] = MoEPlusPlus(config, Fixed(n_tokens, n, config.n_routes, p))
+    candidates = {name: steps([prepare(layer, kind)], x, True) for name, layer in layers.items()}
+    times = interleaved(candidates, rounds=rounds)
+    return {p: ratio(times, "moe", str(p)) for p, _ in SHARES}
 
 
 def set_up() -> str:
-    """One thread, kept blocks, fp32 through oneDNN. Returns what ran, for the table."""
-    torch.set_num_threads(1)
-    try:  # keep freed blocks: a fresh output of 32 MB costs more than its copy
+    """Kept memory blocks, fp32 through oneDNN where exact. Returns what ran, for the table."""
+    try:  # keep freed blocks: the page faults of a fresh output cost more than writing it
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        kept = "mallopt"
+        kept = "memory kept"
     except OSError:
-        kept = "no mallopt"
+        kept = "memory not kept"
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # pyright: ignore
     a, b = torch.randn(64, 256), torch.randn(256, 64)
-    error = float((a @ b - (a.double() @ b.double())).abs().max())
-    if error > 1e-3:
+    if (a @ b - (a.double() @ b.double())).abs().max() > 1e-3:  # AMX would multiply in bf16
         torch.backends.mkldnn.matmul.fp32_precision = "none"  # pyright: ignore
-    fp32 = "oneDNN" if error <= 1e-3 else "default"
-    date = datetime.date.today().isoformat()
-    return (
-        f"{date}, torch {torch.__version__}, {platform.machine()} "
-        f"{torch.backends.cpu.get_cpu_capability()}, 1 thread, {kept}, fp32 matmul: {fp32}"
-    )
+        return f"{machine()}; {kept}; fp32 by the default library"
+    return f"{machine()}; {kept}; fp32 through oneDNN"
 
 
 def main() -> None:
@@ -222,36 +205,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="one row only")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
-    lines = [f"# MoE speed: {set_up()}", ""]
-    lines += ["Tokens/s relative to our dense SwiGLU of equal active FLOPs, d_model 512.", ""]
-    lines += [
-        "| shape | dtype | tokens | forward (to reach) | training (to reach) |",
-        "|" + "---|" * 5,
-    ]
-    print("\n".join(lines), flush=True)
+    page = [f"# MoE speed\n\n{set_up()}.\n"]
+    page.append("Tokens/s relative to our dense SwiGLU of equal active FLOPs, d_model 512.\n")
+    rows = []
     for row in ROWS[:1] if args.quick else ROWS:
         got = measure(row, args.rounds)
         cells = [
-            "-" if name not in got else f"{got[name]:.2f} ({getattr(row, name):.2f})"
+            f"{got[name]:.2f} ({getattr(row, name):.2f})" if name in got else "-"
             for name in ("forward", "train")
         ]
         shape = f"top-{row.top_k} of {row.n_experts}, f {row.d_expert}"
-        lines.append(f"| {shape} | {row.kind} | {row.n_tokens} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+        rows.append([shape, row.kind, str(row.n_tokens), *cells])
+        print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+    head = ["shape", "dtype", "tokens", "forward (to reach)", "training (to reach)"]
+    page.append(markdown(head, rows))
     if not args.quick:
-        head = ["", "MoE++, top-2 of 8, f 704, 4096 tokens: training speed-up over p = 0.", ""]
-        head += ["| p | ideal | fp32 | bf16 | bf16 leaf | to reach |", "|" + "---|" * 6]
+        page.append("\nMoE++, top-2 of 8, f 704, 4096 tokens: training speed-up over `moe`.\n")
         got = [measure_shares(kind, args.rounds) for kind in DTYPES]
-        rows = []
-        for p, goal in SHARES:
-            cells = " | ".join(f"{g[p]:.2f}" for g in got)
-            rows.append(f"| {p:.2f} | {1 / (1 - p):.2f} | {cells} | {goal:.2f} |")
-        print("\n".join(head + rows))
-        lines += head + rows
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+        rows = [
+            [f"{p:.2f}", f"{1 / (1 - p):.2f}", *(f"{g[p]:.2f}" for g in got), f"{goal:.2f}"]
+            for p, goal in SHARES
+        ]
+        page.append(markdown(["p", "ideal", *DTYPES, "to reach"], rows))
+    print("\n".join(page))
 
 
 if __name__ == "__main__":

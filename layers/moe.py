@@ -3,10 +3,12 @@
 Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.06066, eq. 9).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.base import Cost, FFNOutput, Routing, WeightCost
@@ -130,18 +132,22 @@ def _run_one(
     token: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, experts: Experts
 ) -> Tensor:
     """`run_experts` for a single token: no plan, one matrix-vector product for each choice."""
-    gate_up, down, activation = experts
-    ids, weights = routed[0].tolist(), weights[0, :, None]  # [K, 1]
+    chosen = zip(routed.tolist()[0], weights.tolist()[0], strict=True)
     if keep is not None:
-        ids = [e for e, kept in zip(ids, keep[0].tolist(), strict=True) if kept]
-        weights = weights[keep[0]]
-        if not ids:
-            return torch.zeros_like(token)
-    to_up, to_down = gate_up.weight, down.weight
-    gated = torch.cat([linear(token, to_up[e], None, gate_up.precision) for e in ids])  # [K, 2F]
-    hidden = glu(gated, activation, weights).split(1)
-    out = [linear(h, to_down[e], None, down.precision) for h, e in zip(hidden, ids, strict=True)]
-    return out[0] if len(out) == 1 else torch.cat(out).sum(0, keepdim=True)
+        chosen = [one for one, kept in zip(chosen, keep.tolist()[0], strict=True) if kept]
+    up, down = _matvec(experts.gate_up, token), _matvec(experts.down, token)
+    rows = [down(glu(up(token, e), experts.activation) * weight, e) for e, weight in chosen]
+    if len(rows) == 2:
+        return rows[0] + rows[1]
+    return torch.cat(rows).sum(0, keepdim=True) if rows else torch.zeros_like(token)
+
+
+def _matvec(leaf: ExpertLinear, token: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """One row [1, in] through matrix e of the leaf, in the leaf's precision."""
+    weight, precision = leaf.weight, leaf.precision
+    if precision is None and weight.dtype == token.dtype:
+        return lambda row, e: F.linear(row, weight[e])
+    return lambda row, e: linear(row, weight[e], None, precision)
 
 
 def _cast_once(tokens: Tensor, leaf: ExpertLinear) -> Tensor:

@@ -7,21 +7,18 @@ from torch import Tensor
 SMALL = 4096  # scores up to which one sort beats K passes
 
 
-def score_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 input: the dtype of everything that decides a route."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def scores(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T, never in less than float32, under autocast too.
+    """x @ weight^T in float32 (float64 for a float64 x), under autocast too.
 
     x: [T, D]; weight: [E, D]. Returns [T, E].
     """
-    dtype = score_dtype(x)
-    if not torch.is_autocast_enabled(x.device.type):
-        return F.linear(x.to(dtype), weight.to(dtype))
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype))
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return scores(x, weight)
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return F.linear(x, weight)
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
