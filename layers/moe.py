@@ -132,14 +132,17 @@ def _run_one(
     token: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, experts: Experts
 ) -> Tensor:
     """`run_experts` for a single token: no plan, one matrix-vector product for each choice."""
-    chosen = zip(routed.tolist()[0], weights.tolist()[0], strict=True)
     if keep is not None:
-        chosen = [one for one, kept in zip(chosen, keep.tolist()[0], strict=True) if kept]
+        routed, weights = routed[keep][None], weights[keep][None]
+    chosen = routed.tolist()[0]
+    if not chosen:
+        return torch.zeros_like(token)
     up, down = _matvec(experts.gate_up, token), _matvec(experts.down, token)
-    rows = [down(glu(up(token, e), experts.activation) * weight, e) for e, weight in chosen]
-    if len(rows) == 2:
-        return rows[0] + rows[1]
-    return torch.cat(rows).sum(0, keepdim=True) if rows else torch.zeros_like(token)
+    h = glu(torch.cat([up(token, e) for e in chosen]), experts.activation, weights.view(-1, 1))
+    y = down(h[:1], chosen[0])
+    for i, e in enumerate(chosen[1:], start=1):
+        y = y + down(h[i : i + 1], e)
+    return y
 
 
 def _matvec(leaf: ExpertLinear, token: Tensor) -> Callable[[Tensor, int], Tensor]:

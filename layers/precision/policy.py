@@ -8,6 +8,7 @@ along the axis that its matmul sums over; gradients pass straight through the ro
 
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -47,9 +48,9 @@ class LeafPrecision:
         """The dtype in which decoded operands are multiplied and results handed on."""
         return DTYPES[self.compute]
 
-    @property
+    @cached_property
     def is_cast(self) -> bool:
-        """Whether every operand is only cast to `compute`."""
+        """Whether every operand is only cast to `compute`. Asked at every call of a leaf."""
         return all(getattr(self, o) == QSpec(format=self.compute) for o in OPERANDS)
 
     @property
