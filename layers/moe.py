@@ -3,15 +3,14 @@
 Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.06066, eq. 9).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.base import Cost, FFNOutput, Routing, WeightCost
+from layers.decode import native_dtypes, run_token
 from layers.dispatch import combine, count_experts, dispatch, is_decoding, make_plan, row_weights
 from layers.grouped import matmul_dtype
 from layers.linear import ExpertLinear, linear
@@ -131,26 +130,26 @@ def run_experts(
 def _run_one(
     token: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, experts: Experts
 ) -> Tensor:
-    """`run_experts` for a single token: no plan, one matrix-vector product for each choice."""
+    """`run_experts` for a single token: no plan, one matrix-vector product for each choice.
+
+    One native call where the leaves only cast; in torch ops else.
+    """
+    gate_up, down, activation = experts
+    if (computes := native_dtypes(token, gate_up, down)) is not None:
+        return run_token(
+            token, routed, weights, keep, gate_up.weight, down.weight, activation, computes
+        )
     if keep is not None:
         routed, weights = routed[keep][None], weights[keep][None]
     chosen = routed.tolist()[0]
     if not chosen:
         return torch.zeros_like(token)
-    up, down = _matvec(experts.gate_up, token), _matvec(experts.down, token)
-    h = glu(torch.cat([up(token, e) for e in chosen]), experts.activation, weights.view(-1, 1))
-    y = down(h[:1], chosen[0])
+    up = [linear(token, gate_up.weight[e], None, gate_up.precision) for e in chosen]
+    h = glu(torch.cat(up), activation, weights.view(-1, 1))  # [K, F]
+    y = linear(h[:1], down.weight[chosen[0]], None, down.precision)
     for i, e in enumerate(chosen[1:], start=1):
-        y = y + down(h[i : i + 1], e)
+        y = y + linear(h[i : i + 1], down.weight[e], None, down.precision)
     return y
-
-
-def _matvec(leaf: ExpertLinear, token: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """One row [1, in] through matrix e of the leaf, in the leaf's precision."""
-    weight, precision = leaf.weight, leaf.precision
-    if precision is None and weight.dtype == token.dtype:
-        return lambda row, e: F.linear(row, weight[e])
-    return lambda row, e: linear(row, weight[e], None, precision)
 
 
 def _cast_once(tokens: Tensor, leaf: ExpertLinear) -> Tensor:
@@ -205,9 +204,9 @@ class MoE(nn.Module):
         keep = None if mask is None else mask[:, None].expand_as(routing.experts)
         experts = Experts(self.gate_up, self.down, c.activation)
         y = run_experts(tokens, routing.experts, routing.weights, keep, experts)
-        y = y.view(x.shape)
+        y = y.view_as(x)
         if self.shared is not None:
-            y = y + self.shared(tokens.view(x.shape)).y
+            y = y + self.shared(tokens.view_as(x)).y
         return FFNOutput(
             y=y.type_as(x),
             losses=routing.losses,

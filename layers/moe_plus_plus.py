@@ -220,7 +220,7 @@ class MoEPlusPlus(nn.Module):
         if c.constants + c.n_copy:
             y = self._add_zero_computation(y, tokens, routing.experts, weights)
         return FFNOutput(
-            y=y.view(x.shape),
+            y=y.view_as(x),
             losses=routing.losses,
             stats=None if is_decoding(tokens) else self._stats(routing.experts, keep, mask),
             carry=routing.logits.unflatten(0, x.shape[:2]),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from layers.native import _load
 from layers.precision import native, ops
 from layers.precision.blocks import E2M1, E4M3, GRIDS, MX_RULES, to_grid
 from layers.precision.formats import FORMATS, Quantized, fake_quantize, format_of, quantize
@@ -29,7 +30,7 @@ every_spec = pytest.mark.parametrize(
     "spec", SPECS, ids=lambda spec: f"{spec.format}-{spec.scale_rule}-{spec.tile}"
 )
 every_rule = pytest.mark.parametrize("rule", MX_RULES)
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(native.KERNELS.library() is None, reason="no C++ compiler")
 INF, NAN = math.inf, math.nan
 
 
@@ -129,7 +130,7 @@ def mx_exponent(amax, rule):
 @every_rule
 @pytest.mark.parametrize("mode", ["torch", "native"])
 def test_mx_scale_of_every_binade(rule, mode):
-    if mode == "native" and native.library() is None:
+    if mode == "native" and native.KERNELS.library() is None:
         pytest.skip("no C++ compiler")
     tops = [1.0, 1.25, 1.5, 1.75, 2 - 2**-23, 1 + 2**-23, 1.75 - 2**-23, 1.5 + 2**-23]
     amax = torch.tensor([top * 2.0**e for e in range(-126, 128) for top in tops])
@@ -300,7 +301,7 @@ def test_relative_error_on_gaussian_numbers(name, rule, tile, expected):
 @pytest.mark.parametrize("mode", ["torch", "native"])
 def test_segments_equal_a_loop(spec, axis, mode):
     """Short, empty, first and last ones; then as leading indices."""
-    if mode == "native" and native.library() is None:
+    if mode == "native" and native.KERNELS.library() is None:
         pytest.skip("no C++ compiler")
     x = hard(83, 40, 4, "gauss") * torch.exp2(torch.arange(83.0) % 7)[:, None]
     counts = [0, 1, 33, 0, 16, 31, 2, 0]
@@ -319,7 +320,7 @@ def test_segments_equal_a_loop(spec, axis, mode):
 
 @pytest.mark.parametrize("mode", ["torch", "native"])
 def test_rows_past_the_last_end_disturb_nobody(mode):
-    if mode == "native" and native.library() is None:
+    if mode == "native" and native.KERNELS.library() is None:
         pytest.skip("no C++ compiler")
     x = torch.randn(40, 32)
     x[33:] = NAN
@@ -528,7 +529,8 @@ def test_operator_is_registered_well():
 def test_two_builders_at_once_leave_one_library(tmp_path):
     found = []
     builders = [
-        threading.Thread(target=lambda: found.append(native.build(tmp_path))) for _ in range(2)
+        threading.Thread(target=lambda: found.append(native.KERNELS.build(tmp_path)))
+        for _ in range(2)
     ]
     for builder in builders:
         builder.start()
@@ -536,13 +538,13 @@ def test_two_builders_at_once_leave_one_library(tmp_path):
         builder.join()
     assert len(found) == 2
     assert set(found) == set(tmp_path.iterdir())
-    assert native.build(tmp_path) == found[0]
+    assert native.KERNELS.build(tmp_path) == found[0]
 
 
 def test_without_a_compiler_torch_ops_do_the_same(monkeypatch, caplog):
     x = torch.randn(8, 64)
     expected = fake_quantize(x, "nvfp4")
-    native._load.cache_clear()
+    _load.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     try:
         with caplog.at_level(logging.WARNING), kernels("auto"):
@@ -553,6 +555,6 @@ def test_without_a_compiler_torch_ops_do_the_same(monkeypatch, caplog):
         with kernels("native"), pytest.raises(RuntimeError, match="does not build"):
             fake_quantize(x, "nvfp4")
     finally:
-        native._load.cache_clear()
+        _load.cache_clear()
     with kernels("fastest"), pytest.raises(ValueError, match="MOE_ZOO_KERNELS"):
         fake_quantize(x, "nvfp4")

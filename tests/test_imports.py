@@ -13,7 +13,17 @@ from zoo.catalogue import FFNS, ROUTERS
 ROOT = Path(__file__).parent.parent
 ORDER = ["layers", "routers", "zoo", "recipes"]
 PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
-    "layers": {"base", "capacity", "dispatch", "grouped", "linear", "names", "selection"},
+    "layers": {
+        "base",
+        "capacity",
+        "decode",
+        "dispatch",
+        "grouped",
+        "linear",
+        "names",
+        "native",
+        "selection",
+    },
     "routers": {"balance", "scores"},
 }
 
