@@ -1,6 +1,6 @@
 """MoE efficiency on one CPU thread: tokens/s relative to our dense SwiGLU of equal active FLOPs.
 
-    python benchmarks/moe.py [--quick] [--rounds 7] > benchmarks/moe.md
+    python benchmarks/moe.py [--quick] [--tokens 1] [--rounds 7] > benchmarks/moe.md
 
 Both sides run on the same backend, in one process, interleaved: the ratio is taken inside each
 round and its median over the rounds is printed, in process CPU time. "bf16" is bf16 tokens and
@@ -61,6 +61,8 @@ ROWS = (
         copies=8),
     Row(n_experts=8, top_k=2, d_expert=704, kind="bf16", n_tokens=1, forward=0.68, train=None,
         copies=16),
+    Row(n_experts=8, top_k=2, d_expert=704, kind="bf16 leaf", n_tokens=1, forward=0.68, train=None,
+        copies=8),
     Row(n_experts=8, top_k=2, d_expert=704, kind="bf16 leaf", n_tokens=4096, forward=0.84,
         train=0.82),
     Row(n_experts=64, top_k=8, d_expert=176, kind="bf16 leaf", n_tokens=4096, forward=0.64,
@@ -204,12 +206,15 @@ def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="one row only")
+    parser.add_argument("--tokens", type=int, help="only the rows of that many tokens")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     page = [f"# MoE speed\n\n{set_up()}.\n"]
     page.append("Tokens/s relative to our dense SwiGLU of equal active FLOPs, d_model 512.\n")
     rows = []
     for row in ROWS[:1] if args.quick else ROWS:
+        if args.tokens not in (None, row.n_tokens):
+            continue
         got = measure(row, args.rounds)
         cells = [
             f"{got[name]:.2f} ({getattr(row, name):.2f})" if name in got else "-"
@@ -220,7 +225,7 @@ def main() -> None:
         print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     head = ["shape", "dtype", "tokens", "forward (to reach)", "training (to reach)"]
     page.append(markdown(head, rows))
-    if not args.quick:
+    if not args.quick and args.tokens is None:
         page.append("\nMoE++, top-2 of 8, f 704, 4096 tokens: training speed-up over `moe`.\n")
         got = [measure_shares(kind, args.rounds) for kind in DTYPES]
         rows = [
