@@ -56,7 +56,7 @@ struct Bfloat16 {
   using Stored = uint16_t;
   static Floats get(const uint16_t* w) {
     Words words;
-    for (int j = 0; j < kLanes; j++) words[j] = w[j];
+    for (int j = 0; j < kLanes; j++) words[j] = w[j];  // becomes one instruction
     return bits<Floats>(words << 16);
   }
 };

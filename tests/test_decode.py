@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from layers import decode
 from layers.base import Routing
 from layers.decode import ACTIVATIONS, DTYPES, KERNEL, Computes, native_dtypes, run_token
 from layers.moe import MoE, MoEConfig
@@ -158,6 +159,7 @@ def test_a_token_with_a_stride(kind, monkeypatch):
 @needs_compiler
 @every_kind
 def test_threads_change_nothing(kind, monkeypatch):
+    monkeypatch.setattr(decode, "NUMBERS_PER_THREAD", 1)
     layer, x = moe(kind, d_model=96, d_expert=165), token(kind, 96)
     threads, found = torch.get_num_threads(), []
     try:
