@@ -13,7 +13,7 @@ from zoo.attention import Attention, AttentionConfig, rope_tables, rotate
 from zoo.cache import LayerCache
 from zoo.norm import RMSNorm, rms_norm
 
-CONFIG = AttentionConfig(d_model=24, n_heads=4, n_kv_heads=2, d_head=8, init_std=0.5, out_std=0.5)
+CONFIG = AttentionConfig(d_model=24, n_heads=4, n_kv_heads=2, d_head=8)
 CPU = torch.device("cpu")
 
 

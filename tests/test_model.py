@@ -205,11 +205,13 @@ def test_cost_of_a_mixture_names_its_router():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_initial_weights_have_the_stated_spread(tied):
-    config = replace(TINY, d_model=128, vocab_size=512, init_std=0.05, tie_embeddings=tied)
+    config = replace(TINY, d_model=128, vocab_size=512, init_std=None, tie_embeddings=tied)
     model = LanguageModel(config)
     assert (model.head.weight is model.embedding.weight) == tied
-    stds = {"embedding": 0.05, "head": 0.05, "blocks.0.attention.qkv": 0.05}
-    stds["blocks.2.attention.out"] = 0.05 / 6**0.5
+    fan_in = 128**-0.5
+    stds = dict.fromkeys(("embedding", "head", "blocks.0.attention.qkv"), fan_in)
+    stds["blocks.2.attention.out"] = fan_in / 6**0.5
+    assert replace(config, init_std=0.05).embedding_std == 0.05
     for name, std in stds.items():
         assert_close(model.get_submodule(name).weight.std().item(), std, rtol=0.03, atol=0)
     assert abs(model(tokens(config=config)).logits.std() - 0.05 * 128**0.5) < 0.15

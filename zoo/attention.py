@@ -30,8 +30,7 @@ class AttentionConfig:
         False  # RMSNorm of each query and key head before the rotation (arXiv:2302.05442)
     )
     norm_eps: float = 1e-6
-    init_std: float = 0.02
-    out_std: float = 0.02  # of the matrix that writes into the residual stream
+    out_scale: float = 1.0  # on the first weights of the matrix that writes into the residual
 
     def __post_init__(self) -> None:
         check_positive(
@@ -97,9 +96,11 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the two matrices anew: normal(0, init_std), normal(0, out_std)."""
-        nn.init.normal_(self.qkv.weight, std=self.config.init_std)
-        nn.init.normal_(self.out.weight, std=self.config.out_std)
+        """Draw the two matrices anew, as leaves draw theirs, `out` times `out_scale`."""
+        self.qkv.reset_parameters()
+        self.out.reset_parameters()
+        with torch.no_grad():
+            self.out.weight.mul_(self.config.out_scale)
 
     def forward(
         self,

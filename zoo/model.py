@@ -59,11 +59,11 @@ class LanguageModel(nn.Module, Pretrained):
         """
         weight = self.embedding.weight
         assert isinstance(weight, nn.Parameter)
-        nn.init.normal_(weight, std=self.config.init_std)
+        nn.init.normal_(weight, std=self.config.embedding_std)
         if self.config.tie_embeddings:
             self.head.weight = weight
         else:
-            nn.init.normal_(self.head.weight, std=self.config.init_std)
+            nn.init.normal_(self.head.weight, std=self.config.embedding_std)
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None

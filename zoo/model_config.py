@@ -25,7 +25,7 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = True  # the head reads the embedding's weight
     norm_eps: float = 1e-6
-    init_std: float = 0.02  # of embedding, head and attention; FFNs draw their own
+    init_std: float | None = None  # of embedding and head; None: 1 / sqrt(d_model), unit logits
     ffn: Any = MISSING  # see zoo.plan
     router: Any = None  # in place of the default router of every layer that routes
 
@@ -38,7 +38,7 @@ class ModelConfig:
             max_seq_len=self.max_seq_len,
             rope_base=self.rope_base,
             norm_eps=self.norm_eps,
-            init_std=self.init_std,
+            init_std=self.embedding_std,
         )
         if self.d_head is None and self.d_model % self.n_heads:
             raise ValueError(
@@ -49,6 +49,11 @@ class ModelConfig:
         check_router(self.router, "router")
         if self.ffn != MISSING:
             layer_choices(self.ffn, self.n_layers)
+
+    @property
+    def embedding_std(self) -> float:
+        """Std of embedding and head, with the default filled in."""
+        return self.d_model**-0.5 if self.init_std is None else self.init_std
 
     @property
     def attention(self) -> AttentionConfig:
@@ -64,8 +69,7 @@ class ModelConfig:
             d_head=self.d_model // self.n_heads if self.d_head is None else self.d_head,
             qk_norm=self.qk_norm,
             norm_eps=self.norm_eps,
-            init_std=self.init_std,
-            out_std=self.init_std / (2 * self.n_layers) ** 0.5,
+            out_scale=(2 * self.n_layers) ** -0.5,
         )
 
     @classmethod
