@@ -18,8 +18,8 @@ from layers.native import Source
 KERNEL = Source(Path(__file__).with_name("decode.cpp"), ("-ffp-contract=fast",))
 ACTIVATIONS = {"silu": 0, "gelu": 1, "relu": 2, "identity": 3}  # enum Activation of decode.cpp
 DTYPES = (torch.float32, torch.bfloat16)  # what decode.cpp reads and writes
-# Weights, some 0.2 ms of reading. For less, a busy machine would mostly wait: a thread whose core is
-# taken holds up all others, at two barriers.
+# Weights, some 0.2 ms of reading. For less, a busy machine would mostly wait: a thread whose core
+# is taken holds up all others, at two barriers.
 NUMBERS_PER_THREAD = 1 << 20
 
 
