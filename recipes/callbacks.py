@@ -31,10 +31,16 @@ class SeedEachBatch(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed torch's generators, on every device."""
+        """Seed the generators of the processor and of the device trained on.
+
+        Not `torch.manual_seed`: without a GPU that takes 0.5 ms, and keeps a stack trace each time.
+        """
         k = trainer.accumulate_grad_batches
         micro_batch = trainer.global_step * k + batch_idx % k
-        torch.manual_seed(mixed(self.seed, micro_batch, trainer.global_rank))
+        seed = mixed(self.seed, micro_batch, trainer.global_rank)
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
 
 def mixed(*numbers: int) -> int:

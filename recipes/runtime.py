@@ -23,6 +23,7 @@ EXPECTED_WARNINGS = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a run goes on from there
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*GPU available but not used.*",
+    ".*You have overridden .transfer_batch_to_device. in .LightningModule.*",  # so it is meant
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
 )
 

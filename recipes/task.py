@@ -8,7 +8,7 @@ from torch import Tensor
 
 import zoo
 from recipes.batches import Batch
-from recipes.metrics import Evaluation, token_nats
+from recipes.metrics import Evaluation, on_device, token_nats
 from recipes.optim import build_optimizer, build_schedule
 from recipes.schema import Recipe
 
@@ -60,6 +60,12 @@ class LanguageModelTask(pl.LightningModule):
             "nats": nats.detach().sum(dtype=torch.float64),
             "losses": {name: value.detach() for name, value in output.losses.items()},
         }
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """On a CPU there is nothing to move, and Lightning's walk through a batch takes 0.1 ms."""
+        return batch if device.type == "cpu" else on_device(batch, device)
 
     def on_validation_epoch_start(self) -> None:
         """Start sums anew."""

@@ -94,7 +94,7 @@ def _train(recipe: Recipe, out: Path, variant: str) -> dict[str, Any]:
     task = LanguageModelTask(recipe, data.domains)
     cost = whole_model_cost(recipe)
     curve = _curve(recipe, data, cost)
-    trainer = _trainer(recipe, out, [
+    trainer = lean_trainer(recipe, out, [
         SeedEachBatch(recipe.seed),
         curve,
         Progress(run_id, curve),
@@ -128,7 +128,7 @@ def _curve(recipe: Recipe, data: TextData, cost: Cost) -> Curve:
     )
 
 
-def _trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+def lean_trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A lean Trainer: it loops, clips, accumulates and resumes; nothing else per step."""
     (out / "metrics.csv").unlink(missing_ok=True)  # the curve in the checkpoint fills it again
     loggers: list[Any] = [CSVLogger(out, name="", version="", flush_logs_every_n_steps=1)]
