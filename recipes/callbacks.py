@@ -156,6 +156,8 @@ class Progress(Callback):
     ) -> None:  # fmt: skip
         """Move the bar, or write a line where one is due."""
         now = time.monotonic()
+        if trainer.global_step == trainer.max_steps:
+            return  # on_train_end shows it
         if now - self._last < (BAR_EVERY_S if self._bar else LINE_EVERY_S):
             return
         self._last = now
