@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from layers.names import check_choice
 
 BACKENDS = ("auto", "loop", "grouped")
+STEP = 16  # numbers of rows that a loop multiplies by are multiples of this
 
 _library = torch.library.Library("moe_zoo", "FRAGMENT")
 
@@ -129,15 +130,28 @@ def _ends(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)  # grouped_mm takes no other integer
 
 
-def _busy(
-    counts: Tensor, *per_row: Tensor, matrices: Tensor
-) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """(matrix, [its rows of each tensor]) for every expert that has rows."""
-    sizes = counts.tolist()
-    pieces = zip(*(rows.split(sizes) for rows in per_row), strict=True)
-    for size, matrix, rows in zip(sizes, matrices.unbind(0), pieces, strict=True):
+def _rounded(size: int) -> int:
+    """Rows to multiply for `size` rows: the next multiple of STEP, but for a few rows as they are.
+
+    oneDNN builds a kernel for every new number of rows, 0.5 to 0.9 ms each: as much as a small
+    expert's product takes, and experts meet a new number in every batch.
+    """
+    return size if size <= STEP else -(-size // STEP) * STEP
+
+
+def _windows(counts: Tensor, matrices: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """(matrix, rows to multiply by it) for every expert that has rows, in their order.
+
+    A window may reach into the next experts' rows: what is written there is written anew by
+    theirs, which come later. At the very end there are none to reach into.
+    """
+    start, sizes = 0, counts.tolist()
+    n_rows = sum(sizes)
+    for size, matrix in zip(sizes, matrices.unbind(0), strict=True):
         if size:
-            yield matrix, list(rows)
+            wide = start + _rounded(size)
+            yield matrix, slice(start, wide if wide <= n_rows else start + size)
+        start += size
 
 
 def _caster(w: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -150,8 +164,8 @@ def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
     if _one_call(x, backend, x.shape[1], w.shape[1]):
         return F.grouped_mm(x.contiguous(), w.to(x.dtype).transpose(-2, -1), offs=_ends(counts))
     y, cast = x.new_empty(x.shape[0], w.shape[1]), _caster(w, x.dtype)
-    for matrix, (x_e, y_e) in _busy(counts, x, y, matrices=w):
-        torch.mm(x_e, (matrix if cast is None else cast.copy_(matrix)).t(), out=y_e)
+    for matrix, rows in _windows(counts, w):
+        torch.mm(x[rows], (matrix if cast is None else cast.copy_(matrix)).t(), out=y[rows])
     return y
 
 
@@ -160,8 +174,8 @@ def _grouped_mm_dx(dy: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tenso
     if _one_call(dy, backend, w.shape[1], w.shape[2]):
         return F.grouped_mm(dy.contiguous(), w.to(dy.dtype), offs=_ends(counts))
     dx, cast = dy.new_empty(dy.shape[0], w.shape[2]), _caster(w, dy.dtype)
-    for matrix, (dy_e, dx_e) in _busy(counts, dy, dx, matrices=w):
-        torch.mm(dy_e, matrix if cast is None else cast.copy_(matrix), out=dx_e)
+    for matrix, rows in _windows(counts, w):
+        torch.mm(dy[rows], matrix if cast is None else cast.copy_(matrix), out=dx[rows])
     return dx
 
 
@@ -176,16 +190,29 @@ def _grouped_wgrad(
     dw = dy.new_empty(counts.shape[0], dy.shape[1], x.shape[1], dtype=dtype)
     product = _caster(dw, dy.dtype)
     sizes = counts.tolist()
+    wide_dy, wide_x = (rows.new_empty(_rounded(max(sizes)), rows.shape[1]) for rows in (dy, x))
     for size, dw_e, dy_e, x_e in zip(
         sizes, dw.unbind(0), dy.split(sizes), x.split(sizes), strict=True
     ):
         if not size:
             dw_e.zero_()
-        elif product is None:
-            torch.mm(dy_e.t(), x_e, out=dw_e)
+            continue
+        pair = _widened(dy_e, wide_dy).t(), _widened(x_e, wide_x)
+        if product is None:
+            torch.mm(*pair, out=dw_e)
         else:
-            dw_e.copy_(torch.mm(dy_e.t(), x_e, out=product))
+            dw_e.copy_(torch.mm(*pair, out=product))
     return dw
+
+
+def _widened(rows: Tensor, room: Tensor) -> Tensor:
+    """The rows with zeros behind them, up to a rounded number: they add nothing to a product."""
+    size, wide = rows.shape[0], _rounded(rows.shape[0])
+    if wide == size:
+        return rows
+    room[:size].copy_(rows)
+    room[size:wide].zero_()
+    return room[:wide]
 
 
 def _scale_rows_(y: Tensor, scale: Tensor, counts: Tensor) -> None:
