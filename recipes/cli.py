@@ -109,7 +109,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Lay finished runs side by side in one HTML file."""
-    from recipes.report import read_runs, write_figures, write_report
+    from recipes.report.page import write_report
+    from recipes.report.runs import read_runs
+    from recipes.report.static import write_figures
 
     results = read_runs(dirs)
     written = [write_report(results, out or dirs[0] / "report.html")]

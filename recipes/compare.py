@@ -11,7 +11,8 @@ from typing import Any
 from recipes import load, record
 from recipes.names import precision_label
 from recipes.planning import Plan, PlannedRun
-from recipes.report import results_csv, write_report
+from recipes.report.export import results_csv
+from recipes.report.page import write_report
 from recipes.report.records import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[1]

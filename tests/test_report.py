@@ -14,8 +14,8 @@ import plotly.graph_objects as go
 import pytest
 import report_data
 
-from recipes.report import results_csv, write_report
-from recipes.report.page import render
+from recipes.report.export import results_csv
+from recipes.report.page import render, write_report
 from recipes.report.records import read_results
 from recipes.report.study import study
 

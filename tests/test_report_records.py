@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import report_data
 
-from recipes.report import read_runs, results_csv, write_figures, write_report
+from recipes.report.export import results_csv
 from recipes.report.figures import MAX_POINTS, thinned
 from recipes.report.frontier import pareto
-from recipes.report.page import render
+from recipes.report.page import render, write_report
 from recipes.report.records import Point, read_results
+from recipes.report.runs import read_runs
+from recipes.report.static import write_figures
 from recipes.report.text import bpb, el, join, seconds, si, signed
 
 
