@@ -10,7 +10,7 @@ compare: $(V)/.ready
 	$(RUN)/zoo compare quick
 
 test: lint types
-	$(RUN)/pytest
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n auto
 
 lint: $(V)/.ready
 	$(RUN)/ruff check .

@@ -13,7 +13,6 @@ The dtype of the rows is the dtype of the matmul: a stack in another dtype is ca
 time, just before it is used, so that no copy of the whole stack is written.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -139,21 +138,6 @@ def _rounded(size: int) -> int:
     return size if size <= STEP else -(-size // STEP) * STEP
 
 
-def _windows(counts: Tensor, matrices: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """(matrix, rows to multiply by it) for every expert that has rows, in their order.
-
-    A window may reach into the next experts' rows: what is written there is written anew by
-    theirs, which come later. At the very end there are none to reach into.
-    """
-    start, sizes = 0, counts.tolist()
-    n_rows = sum(sizes)
-    for size, matrix in zip(sizes, matrices.unbind(0), strict=True):
-        if size:
-            wide = start + _rounded(size)
-            yield matrix, slice(start, wide if wide <= n_rows else start + size)
-        start += size
-
-
 def _caster(w: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Room for one matrix of `w` in `dtype`, or None when it needs no cast."""
     return None if w.dtype == dtype else w.new_empty(w.shape[1:], dtype=dtype)
@@ -163,20 +147,36 @@ def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
     x, w = x.detach(), w.detach()
     if _one_call(x, backend, x.shape[1], w.shape[1]):
         return F.grouped_mm(x.contiguous(), w.to(x.dtype).transpose(-2, -1), offs=_ends(counts))
-    y, cast = x.new_empty(x.shape[0], w.shape[1]), _caster(w, x.dtype)
-    for matrix, rows in _windows(counts, w):
-        torch.mm(x[rows], (matrix if cast is None else cast.copy_(matrix)).t(), out=y[rows])
-    return y
+    return _loop(x, w, counts, x.new_empty(x.shape[0], w.shape[1]), transposed=True)
 
 
 def _grouped_mm_dx(dy: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
     dy, w = dy.detach(), w.detach()
     if _one_call(dy, backend, w.shape[1], w.shape[2]):
         return F.grouped_mm(dy.contiguous(), w.to(dy.dtype), offs=_ends(counts))
-    dx, cast = dy.new_empty(dy.shape[0], w.shape[2]), _caster(w, dy.dtype)
-    for matrix, rows in _windows(counts, w):
-        torch.mm(dy[rows], matrix if cast is None else cast.copy_(matrix), out=dx[rows])
-    return dx
+    return _loop(dy, w, counts, dy.new_empty(dy.shape[0], w.shape[2]), transposed=False)
+
+
+def _loop(x: Tensor, w: Tensor, counts: Tensor, out: Tensor, *, transposed: bool) -> Tensor:
+    """out[rows of e] = x[rows of e] @ w[e], or @ w[e]^T, expert by expert in their order.
+
+    Rounded numbers of rows reach into the next experts' rows: what is written there is written
+    anew by theirs, which come later. At the very end there are none to reach into.
+    """
+    cast, start, sizes = _caster(w, x.dtype), 0, counts.tolist()
+    for size, matrix in zip(sizes, w.unbind(0), strict=True):
+        if not size:
+            continue
+        matrix = matrix if cast is None else cast.copy_(matrix)
+        matrix = matrix.t() if transposed else matrix
+        end, wide = start + size, start + _rounded(size)
+        if wide <= x.shape[0]:
+            torch.mm(x[start:wide], matrix, out=out[start:wide])
+        else:
+            room = x.new_empty(wide - start, x.shape[1])
+            out[start:end] = torch.mm(_widened(x[start:end], room), matrix)[:size]
+        start = end
+    return out
 
 
 def _grouped_wgrad(

@@ -6,7 +6,7 @@ import os
 # every batch and a kernel takes 0.6 MB, so the default of 1,024 grows to 0.7 GB of kernels that are
 # hardly used again; a dense model needs a few dozen.
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-KERNELS_KEPT = 128
+KERNELS_KEPT = 512
 
 
 def prepare() -> None:
