@@ -40,7 +40,8 @@ def main() -> None:
         cells = [name]
         for base in ("bf16", "fp32"):
             limit = LIMITS.get((name, base))
-            cells.append(f"{ratio(times, name, base):.2f}" + (f" (at most {limit})" if limit else ""))
+            goal = f" (at most {limit})" if limit else ""
+            cells.append(f"{ratio(times, name, base):.2f}{goal}")
         rows.append(cells)
     print(f"# Training step of Linear {WIDTH} x {WIDTH}, {TOKENS} tokens\n")
     print(f"{machine()}. `python benchmarks/precision_step.py`\n")
