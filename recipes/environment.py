@@ -2,9 +2,9 @@
 
 import os
 
-# Matmul kernels that torch keeps for shapes it has met (oneDNN). Experts meet new row counts in
-# every batch and a kernel takes 0.6 MB, so the default of 1,024 grows to 0.7 GB of kernels that are
-# hardly used again; a dense model needs a few dozen.
+# Matmul kernels that torch keeps for the shapes it has met (oneDNN), 0.6 MB each. Experts round
+# their numbers of rows, so a mixture needs some hundreds and a dense model a few dozen; the default
+# of 1,024 would keep many that are hardly used again.
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KERNELS_KEPT = 512
 
