@@ -29,7 +29,8 @@ def select_layers(selector: Any, n_layers: int) -> list[int]:
         if text in ("first", "last"):
             return layers[:1] if text == "first" else layers[-1:]
         if found := _SHARE.fullmatch(text):
-            count = min(round(n_layers * float(found[2]) / 100), n_layers)
+            share = round(n_layers * float(found[2]) / 100)
+            count = min(max(share, 1), n_layers)  # a share of few layers is still one
             return layers[:count] if found[1] == "first" else layers[n_layers - count :]
         if (found := _SLICE.fullmatch(text)) and found[3] != "0":
             start, stop, step = (None if part is None else int(part) for part in found.groups())

@@ -45,7 +45,7 @@ class Comparison:
     # of the whole model, per token; active_flops: matmul FLOPs of the forward pass
     hold: Literal["active_flops", "params", "active_params", "weight_bytes"] = "active_flops"
     tolerance: float = 0.02  # largest relative distance from the budget
-    multiple_of: int = 32  # of solved widths; 32 suits the blocks of every format
+    multiple_of: int = 16  # of solved widths; NVFP4's block
     allow: list[str] = field(default_factory=list)  # recipe keys that variants may differ in
     out: str | None = None  # None: runs/<name>
 

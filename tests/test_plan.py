@@ -74,7 +74,7 @@ def test_errors_are_one_line_and_say_what_is_wrong(ffn, message):
 
 @pytest.mark.parametrize(
     ("selector", "layers"),
-    [("0", [0]), ("-1", [9]), ("last 15%", [8, 9]), ("first 20%", [0, 1]),
+    [("0", [0]), ("-1", [9]), ("last 15%", [8, 9]), ("last 2%", [9]), ("first 20%", [0, 1]),
      ("last 200%", [*range(10)])],
 )  # fmt: skip
 def test_selectors_as_text_and_as_shares(selector, layers):

@@ -64,7 +64,7 @@ def solve_width(
 def match(
     name: str,
     *,
-    multiple_of: int = 32,
+    multiple_of: int = 16,
     tolerance: float = 0.02,
     precision: str | Mapping[str, Any] = "bf16",
     params: float | None = None,
@@ -77,7 +77,7 @@ def match(
 
     Args:
         name: a row of the catalogue; its `width` field is turned.
-        multiple_of: widths tried; 32 suits every format's blocks.
+        multiple_of: widths tried; 16 is NVFP4's block, 32 MXFP4's (a short last block is padded).
         tolerance: largest relative residual that is not an error.
         precision: what `weight_bytes` is counted in.
         params, active_params, flops, weight_bytes: exactly one target, as in `Cost`.
