@@ -147,7 +147,6 @@ def check(recipe: Recipe) -> None:
         "eval_every_steps": trainer.eval_every_steps,
         "checkpoint_every_steps": trainer.checkpoint_every_steps,
         "log_every_steps": trainer.log_every_steps,
-        "devices": trainer.devices,
         "threads": trainer.threads,
     }
     check_positive(**{f"trainer.{k}": n for k, n in numbers.items() if n is not None})

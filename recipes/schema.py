@@ -45,8 +45,7 @@ class TrainerConfig:
     compile: bool = False
     matmul: Literal["auto", "default"] = "auto"  # auto: the fast fp32 path where it stays exact
     threads: int | None = None  # None: as many as there are cores
-    accelerator: str = "cpu"
-    devices: int = 1
+    accelerator: str = "cpu"  # one device of it
 
 
 @dataclass(frozen=True, kw_only=True)

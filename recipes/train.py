@@ -118,7 +118,7 @@ def _resumable(last: Path, fingerprint: str) -> bool:
 
 def _curve(recipe: Recipe, data: TextData, cost: Cost) -> Curve:
     trainer = recipe.trainer
-    tokens = recipe.data.batch_size * recipe.data.seq_len * trainer.accumulate * trainer.devices
+    tokens = recipe.data.batch_size * recipe.data.seq_len * trainer.accumulate
     return Curve(
         data,
         log_every=trainer.log_every_steps,
@@ -137,7 +137,7 @@ def lean_trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.
     config = recipe.trainer
     return pl.Trainer(
         accelerator=config.accelerator,
-        devices=config.devices,
+        devices=1,
         max_steps=config.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=config.accumulate,

@@ -204,3 +204,12 @@ def test_settings_are_put_back():
 def test_outputs_of_layers_are_what_the_task_expects():
     """FFNOutput names losses and stats as ExpertLoad and `weighted` read them."""
     assert FFNOutput._fields == ("y", "losses", "stats", "carry")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_as_an_eager_one_does(tmp_path):
+    """About a minute where nothing is compiled yet."""
+    ffn = ["swiglu", {"name": "moe", "n_experts": 4}]
+    eager = train(tiny_recipe(ffn, "precision=fp32"), tmp_path / "eager")
+    compiled = train(tiny_recipe(ffn, "precision=fp32", "trainer.compile=true"), tmp_path / "c")
+    assert compiled["final"]["bpb"] == pytest.approx(eager["final"]["bpb"], abs=1e-2)
