@@ -19,8 +19,8 @@ from timing import interleaved, machine, markdown, ratio
 from torch import Tensor
 
 from layers.precision import native
-from layers.precision.blocks import E2M1
-from layers.precision.formats import fake_quantize, quantize
+from layers.precision.grids import E2M1
+from layers.precision.quantize import fake_quantize, quantize
 from layers.precision.spec import QSpec
 
 SIZE = 4096

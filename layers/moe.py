@@ -13,7 +13,7 @@ from layers.base import Cost, FFNOutput, Routing, WeightCost
 from layers.decode import native_dtypes, run_token
 from layers.dispatch import combine, count_experts, dispatch, is_decoding, make_plan, row_weights
 from layers.grouped import matmul_dtype
-from layers.linear import ExpertLinear, linear
+from layers.linear import ExpertLinear
 from layers.names import check_choice, check_positive
 from layers.swiglu import GATE_FLOPS, GATES, SwiGLU, SwiGLUConfig, default_d_ff, glu
 
@@ -144,11 +144,11 @@ def _run_one(
     chosen = routed.tolist()[0]
     if not chosen:
         return torch.zeros_like(token)
-    up = [linear(token, gate_up.weight[e], None, gate_up.precision) for e in chosen]
+    up = [gate_up.one(token, e) for e in chosen]
     h = glu(torch.cat(up), activation, weights.view(-1, 1))  # [K, F]
-    y = linear(h[:1], down.weight[chosen[0]], None, down.precision)
+    y = down.one(h[:1], chosen[0])
     for i, e in enumerate(chosen[1:], start=1):
-        y = y + linear(h[i : i + 1], down.weight[e], None, down.precision)
+        y = y + down.one(h[i : i + 1], e)
     return y
 
 

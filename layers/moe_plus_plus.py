@@ -176,7 +176,7 @@ class ConstantMix(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, D]. Returns [T, n_constant, 2] in at least float32."""
-        logits = linear(x, self.weight.flatten(0, 1), None, self.precision)
+        logits = linear(x, self.weight.flatten(0, 1), None, self)
         logits = logits.unflatten(-1, self.weight.shape[:2])
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
 

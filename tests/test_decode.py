@@ -15,7 +15,7 @@ from layers.decode import ACTIVATIONS, DTYPES, KERNEL, Computes, native_dtypes, 
 from layers.moe import MoE, MoEConfig
 from layers.moe_plus_plus import MoEPlusPlus, MoEPlusPlusConfig
 from layers.native import _load
-from layers.precision.policy import LeafPrecision
+from layers.precision.operands import LeafPrecision
 from layers.swiglu import GATES
 from routers.top_k import TopKRouter, TopKRouterConfig
 

@@ -14,8 +14,10 @@ from torch.testing import assert_close
 
 from layers.native import _load
 from layers.precision import native, ops
-from layers.precision.blocks import E2M1, E4M3, GRIDS, MX_RULES, to_grid
-from layers.precision.formats import FORMATS, Quantized, fake_quantize, format_of, quantize
+from layers.precision.formats import FORMATS, format_of
+from layers.precision.grids import E2M1, E4M3, GRIDS, to_grid
+from layers.precision.mx import MX_RULES
+from layers.precision.quantize import Quantized, fake_quantize, quantize
 from layers.precision.spec import QSpec
 
 LOW = [row for row in FORMATS if row.dtype is None]
@@ -187,7 +189,7 @@ def test_mx_corner_cases():
 def test_nvfp4_worked_example():
     x = torch.zeros(2, 32)
     x[0, 0], x[0, 1], x[0, 16], x[1, 0], x[1, 16] = 6.0, -1.26, 0.75, -0.0, 6 * 2.0**-19
-    values, scale = quantize(x, "nvfp4", axis=-1, dtype=torch.float32)
+    values, scale, _ = quantize(x, "nvfp4", axis=-1, dtype=torch.float32)
     assert scale is not None
     assert scale.item() == torch.tensor(6.0).div(2688).item()
     assert (values[0, 0], values[0, 1], values[0, 16]) == (448 * 6, -448 * 1.5, 56 * 6)
@@ -199,7 +201,7 @@ def test_nvfp4_corner_cases():
     x = torch.zeros(3, 16, 16)
     x[1, 3, 4] = INF
     x[2, 3, 4] = NAN
-    values, scale = quantize(x, "nvfp4", axis=-1, dtype=torch.float32)
+    values, scale, _ = quantize(x, "nvfp4", axis=-1, dtype=torch.float32)
     assert scale is not None
     assert not values[0].any()
     assert scale[0] == 0
@@ -357,11 +359,11 @@ def test_a_short_last_block_sees_zeros(spec):
 @every_spec
 def test_empty_tensors(spec):
     for shape in ((0, 8), (8, 0), (2, 0, 8)):
-        values, scale = quantize(torch.empty(shape), spec, axis=-1, dtype=torch.bfloat16)
+        values, scale, _ = quantize(torch.empty(shape), spec, axis=-1, dtype=torch.bfloat16)
         assert values.shape == shape
         assert scale is None or not scale.any()
         assert fake_quantize(torch.empty(shape), spec).shape == shape
-    values, scale = quantize(
+    values, scale, _ = quantize(
         torch.empty(0, 8), spec, axis=-2, dtype=torch.float32, ends=torch.tensor([0, 0])
     )
     assert values.shape == (0, 8)

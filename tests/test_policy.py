@@ -9,7 +9,7 @@ from torch import nn
 import zoo
 from layers.linear import Linear
 from layers.precision import PRESETS, LeafPrecision, PrecisionPolicy, Rule, apply_policy
-from layers.precision.policy import OPERANDS
+from layers.precision.operands import OPERANDS
 
 
 class Blocks(nn.Module):

@@ -1,14 +1,15 @@
 """Give every leaf of a module its precision, and say what was touched and what was not."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from layers.precision.leaf import Leaf
-from layers.precision.policy import HIGH_ROLES, LeafPrecision, PrecisionPolicy
+from layers.precision.operands import LeafPrecision
+from layers.precision.policy import HIGH_ROLES, PrecisionPolicy
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.|$)")
 
@@ -81,6 +82,7 @@ def apply_policy(
     policy: PrecisionPolicy,
     *,
     where: str = "*",
+    active: Sequence[int] = (),
     roles: Mapping[str, str] | None = None,
     flops: Mapping[str, float] | None = None,
 ) -> CoverageReport:
@@ -90,6 +92,7 @@ def apply_policy(
         module: any module; its parameters, names and dtypes stay as they are.
         policy: what to set.
         where: glob over qualified leaf names, e.g. "blocks.*.ffn.*"; other leaves stay as they are.
+        active: the switches of the policy's schedule that hold, from `policy.active`.
         roles: role by parameter name, for parameters that no leaf owns.
         flops: matmul FLOPs per token by parameter name, for the report's shares.
 
@@ -116,7 +119,11 @@ def apply_policy(
             role, precision = leaf.role, leaf.precision
             if name in touched:
                 precision, rule = policy.resolve(
-                    name=leaf_name, role=role, layer=_block(leaf_name), n_layers=n_layers
+                    name=leaf_name,
+                    role=role,
+                    layer=_block(leaf_name),
+                    n_layers=n_layers,
+                    active=active,
                 )
                 choices.append((leaf, precision))
         rows.append(
@@ -129,7 +136,8 @@ def apply_policy(
         seen.add(id(parameter))
     report = CoverageReport(policy=policy, parameters=tuple(rows))
     if policy.strict and where == "*":
-        _refuse_misses(module, report)
+        _refuse_misses(module, report, n_layers)
+        _refuse_idle_switches(policy, owned, n_layers)
     for leaf, precision in choices:
         leaf.precision = precision
     return report
@@ -140,7 +148,7 @@ def _block(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _refuse_misses(module: nn.Module, report: CoverageReport) -> None:
+def _refuse_misses(module: nn.Module, report: CoverageReport, n_layers: int) -> None:
     matrices = {n for n, p in module.named_parameters() if p.ndim >= 2}
     missed = [
         p.name
@@ -154,8 +162,24 @@ def _refuse_misses(module: nn.Module, report: CoverageReport) -> None:
         )
     used = {p.rule for p in report.parameters}
     for number, rule in enumerate(report.policy.rules):
-        if number not in used and (rule.name != "*" or rule.layers is not None):
+        by_layer = rule.layers is not None and n_layers > 0  # a part alone has no layers
+        if number not in used and (rule.name != "*" or by_layer):
             raise ValueError(
                 f"precision {report.policy.name!r} is strict, but rule {number} "
                 f"({rule.to_plain()}) matches no leaf: correct it, or set strict to false"
+            )
+
+
+def _refuse_idle_switches(
+    policy: PrecisionPolicy, owned: Mapping[str, tuple[str, Leaf]], n_layers: int
+) -> None:
+    for number, switch in enumerate(policy.schedule):
+        found = any(
+            switch.matches(name=name, role=leaf.role, layer=_block(name), n_layers=n_layers)
+            for name, leaf in owned.values()
+        )
+        if not found and (n_layers > 0 or switch.rule.layers is None):
+            raise ValueError(
+                f"precision {policy.name!r} is strict, but switch {number} ({switch.to_plain()}) "
+                "matches no leaf: correct it, or set strict to false"
             )

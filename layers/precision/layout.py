@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.precision.blocks import SIZE
+from layers.precision.encoding import Encoded
+from layers.precision.grids import SIZE
 
-# (blocks as a view, axes inside a block, tensor peak or None) -> decoded values
-Encode = Callable[[Tensor, tuple[int, ...], Tensor | None], Tensor]
+# (blocks as a view, axes inside a block, upper scale or None, noise or None) -> what they become
+Encode = Callable[[Tensor, tuple[int, ...], Tensor | None, Tensor | None], Encoded]
 
 
 class Blocks(NamedTuple):
@@ -20,56 +21,87 @@ class Blocks(NamedTuple):
     cols: int
 
 
-def encode_blocks(x: Tensor, shape: Blocks, encode: Encode, tensor_peak: Tensor | None) -> Tensor:
-    """Cut x into blocks, encode them, put them together again. A short last block sees zeros.
+class Cut(NamedTuple):
+    """A tensor cut into blocks."""
 
-    Args:
-        x: [S, R, C] float32. No block crosses a leading index or a row end.
-        shape: of one block.
-        encode: what to do with the blocks.
-        tensor_peak: [S, 1], or [S, r] with one number for each row of blocks; or None.
+    blocks: Tensor  # [S, R', C', b], [S, R', b, C'] or [S, R', b, C', b]
+    dims: tuple[int, ...]  # the axes inside a block
+    shape: tuple[int, int, int]  # [S, R, C] with whole blocks
 
-    Returns:
-        [S, R, C] float32.
-    """
+
+def cut(x: Tensor, shape: Blocks) -> Cut:
+    """x: [S, R, C]. A short last block sees zeros; none crosses a leading index or a row end."""
     s, r, c = x.shape
     pad_r, pad_c = -r % shape.rows, -c % shape.cols
     padded = F.pad(x, (0, pad_c, 0, pad_r)) if pad_r or pad_c else x
     nr, nc = (r + pad_r) // shape.rows, (c + pad_c) // shape.cols
+    whole = (s, r + pad_r, c + pad_c)
     if shape.rows == 1:
-        blocks, dims = padded.reshape(s, nr, nc, shape.cols), (-1,)
-    elif shape.cols == 1:
-        blocks, dims = padded.reshape(s, nr, shape.rows, nc), (-2,)
-    else:
-        blocks, dims = padded.reshape(s, nr, shape.rows, nc, shape.cols), (-3, -1)
-    if tensor_peak is not None:
-        tensor_peak = tensor_peak.reshape(s, -1, *[1] * (blocks.dim() - 2))
-    out = encode(blocks, dims, tensor_peak).reshape(s, r + pad_r, c + pad_c)
-    return out[:, :r, :c] if pad_r or pad_c else out
+        return Cut(padded.reshape(s, nr, nc, shape.cols), (-1,), whole)
+    if shape.cols == 1:
+        return Cut(padded.reshape(s, nr, shape.rows, nc), (-2,), whole)
+    return Cut(padded.reshape(s, nr, shape.rows, nc, shape.cols), (-3, -1), whole)
 
 
-def segment_peaks(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest magnitude of each segment of rows.
+def encode_blocks(
+    x: Tensor, shape: Blocks, encode: Encode, upper: Tensor | None, noise: Tensor | None
+) -> Encoded:
+    """Cut x into blocks, encode them, put them together again.
+
+    Args:
+        x: [S, R, C] float32.
+        shape: of one block.
+        encode: what to do with the blocks.
+        upper: [S, r, c], r being 1 or the rows of blocks, c being 1 or (blocks of columns) C.
+        noise: as x, or None.
+
+    Returns:
+        Elements and scales, both [S, R, C] (a scale is a view that repeats, or None).
+    """
+    _, r, c = x.shape
+    blocks, dims, whole = cut(x, shape)
+    if upper is not None:
+        upper = upper.unsqueeze(2)
+        upper = upper.unsqueeze(3) if blocks.dim() == 5 else upper
+    out = encode(blocks, dims, upper, None if noise is None else cut(noise, shape).blocks)
+
+    def joined(part: Tensor) -> Tensor:
+        return part.reshape(whole)[:, :r, :c]
+
+    scale = None if out.scale is None else joined(out.scale.expand(blocks.shape))
+    return Encoded(joined(out.elements), scale)
+
+
+def segments_of(ends: Tensor, n_rows: int) -> Tensor:
+    """The segment of each row, [R] int64; E for rows past the last end. ends: [E] int64."""
+    row = torch.arange(n_rows, device=ends.device)
+    return torch.searchsorted(ends, row, right=True)
+
+
+def segment_peaks(x: Tensor, segment: Tensor, n_segments: int, by_column: bool) -> Tensor:
+    """Largest magnitude of each segment of rows, NaN where it holds one, 0 where it is empty.
 
     Args:
         x: [R, C] float32.
-        ends: [E] int64, inclusive cumulative row counts.
+        segment: [R] int64, below n_segments.
+        n_segments: how many.
+        by_column: one peak for each column instead of one for all.
 
     Returns:
-        peaks [E + 1] float32, the last one of the rows past the last end; 0 for an empty segment,
-        NaN where the segment holds one. And segment [R] int64, the segment of each row.
+        [n_segments, C] or [n_segments, 1] float32.
     """
-    row = torch.arange(x.shape[0], device=x.device)
-    segment = torch.searchsorted(ends, row, right=True)
     # as integers, which order like magnitudes and put NaN on top
-    row_peaks = (x.view(torch.int32) & SIZE).amax(-1)
-    peaks = row_peaks.new_zeros(ends.shape[0] + 1).scatter_reduce(0, segment, row_peaks, "amax")
-    return peaks.view(torch.float32), segment
+    bits = x.view(torch.int32) & SIZE
+    bits = bits if by_column else bits.amax(-1, keepdim=True)
+    peaks = bits.new_zeros(n_segments, bits.shape[1])
+    index = segment[:, None].expand_as(bits)
+    return peaks.scatter_reduce(0, index, bits, "amax").view(torch.float32)
 
 
 def encode_segments(
-    x: Tensor, shape: Blocks, encode: Encode, ends: Tensor, with_peaks: bool
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, shape: Blocks, encode: Encode, ends: Tensor, upper: Tensor | None,
+    noise: Tensor | None,
+) -> Encoded:  # fmt: skip
     """`encode_blocks` for rows sorted by segment; rows past the last end are one segment more.
 
     Args:
@@ -77,24 +109,34 @@ def encode_segments(
         shape: of one block.
         encode: what to do with the blocks.
         ends: [E] int64, inclusive cumulative row counts; segments may be empty.
-        with_peaks: whether `encode` wants the segment's largest magnitude.
+        upper: [R, c], the scale of each row (and column), or None.
+        noise: as x, or None.
 
     Returns:
-        [R, C] float32, and the peaks [E] or None.
+        Elements and scales, [R, C].
     """
-    peaks, segment = segment_peaks(x, ends)
-    row_peak = peaks[segment][None] if with_peaks else None  # [1, R]
-    kept = peaks[:-1] if with_peaks else None
+    batched = (None if t is None else t[None] for t in (upper, noise))
     if shape.rows == 1:
-        return encode_blocks(x[None], shape, encode, row_peak)[0], kept
+        return _first(encode_blocks(x[None], shape, encode, *batched))
     n_rows, b = x.shape[0], shape.rows
+    segment = segments_of(ends, n_rows)
     begins = F.pad(ends, (1, 0))  # [E + 1]
     lengths = F.pad(ends, (0, 1), value=n_rows) - begins
     blocks_before = (lengths + (b - 1)).div(b, rounding_mode="floor").cumsum(0)
     blocks_before = F.pad(blocks_before[:-1], (1, 0))
     target = (blocks_before * b - begins)[segment] + torch.arange(n_rows, device=x.device)
     most = n_rows // b + ends.shape[0] + 1  # blocks of rows, whatever the lengths: a static bound
-    spread = x.new_zeros(most * b, x.shape[1]).index_copy(0, target, x)
-    if row_peak is not None:  # every used block of rows begins with a real row
-        row_peak = x.new_ones(most * b).index_copy(0, target, row_peak[0]).view(1, most, b)[..., 0]
-    return encode_blocks(spread[None], shape, encode, row_peak)[0].index_select(0, target), kept
+
+    def spread(rows: Tensor) -> Tensor:
+        return rows.new_zeros(most * b, rows.shape[1]).index_copy(0, target, rows)[None]
+
+    if upper is not None:  # every used block of rows begins with a real row
+        ones = upper.new_ones(most * b, upper.shape[1]).index_copy(0, target, upper)
+        upper = ones.unflatten(0, (most, b))[None, :, 0]
+    noise = None if noise is None else spread(noise)
+    out = _first(encode_blocks(spread(x), shape, encode, upper, noise))
+    return Encoded(*(None if t is None else t.index_select(0, target) for t in out))  # pyright: ignore
+
+
+def _first(out: Encoded) -> Encoded:
+    return Encoded(out.elements[0], None if out.scale is None else out.scale[0])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from layers.native import Source
-from layers.precision.blocks import Grid
+from layers.precision.formats import Resolved
+from layers.precision.grids import Grid
 
 # no fused multiply-add: the bits must be those of blocks.py
 KERNELS = Source(Path(__file__).with_name("kernels.cpp"), ("-ffp-contract=off",))
@@ -61,6 +62,12 @@ def quantize_rows(
     if (code := KERNELS.call("moe_zoo_quantize", job)) == 1:
         raise ValueError(f"ends must rise from 0 to at most {rows} rows, got {ends.tolist()}")
     assert code == 0, f"kernels.cpp refused block {block} or rule {rule}"
+
+
+def has(r: Resolved) -> bool:
+    """Whether kernels.cpp has what a spec asks for, rotation aside."""
+    plain = r.spec.rounding == "nearest" and r.scope in ("", "tensor")
+    return r.row.native and plain and r.rule in RULES
 
 
 def wanted() -> bool:

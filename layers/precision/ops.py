@@ -1,13 +1,13 @@
 """The native kernels as one torch operator, so that compiled graphs, modes and fakes see it.
 
-`moe_zoo::quantize` takes CPU tensors only; every other device runs the torch ops of blocks.py.
+`moe_zoo::quantize` takes CPU tensors only; every other device runs the definitions in torch ops.
 """
 
 import torch
 from torch import Tensor
 
 from layers.precision import native
-from layers.precision.blocks import GRIDS
+from layers.precision.grids import GRIDS
 
 _library = torch.library.Library("moe_zoo", "DEF")
 _library.define(

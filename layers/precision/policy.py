@@ -1,95 +1,20 @@
 """Which operand of which matmul stands in which format: one frozen, serialisable policy.
 
 Roles come from the leaf that owns the weight, so a policy never names a variant and a variant
-never names a format. Six operands a leaf (precision.md 10), with y[M, N] = x[M, K] w[N, K]^T:
-fprop multiplies x and w, dgrad multiplies dy and w, wgrad multiplies dy and x. Each is written
-along the axis that its matmul sums over; gradients pass straight through the rounding.
+never names a format.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from layers.names import check_choice, unknown
-from layers.precision.formats import check_spec
-from layers.precision.spec import HIGH_FORMATS, QSpec
+from layers.precision.operands import GEMMS, LeafPrecision
 from layers.selection import select_layers
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-OPERANDS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
 
 # Never on a coarse grid unless a rule says so by role: a changed score changes which expert runs.
 HIGH_ROLES = ("router", "norm", "embedding", "head", "constant", "product_keys")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeafPrecision:
-    """The six operands of one leaf. A `ValueTable` reads its rows through `fprop_w` alone."""
-
-    fprop_x: QSpec
-    fprop_w: QSpec
-    dgrad_dy: QSpec
-    dgrad_w: QSpec
-    wgrad_dy: QSpec
-    wgrad_x: QSpec
-    compute: Literal["bf16", "fp32"] = "bf16"  # decoded operands are multiplied and handed on in it
-
-    def __post_init__(self) -> None:
-        check_choice("compute dtype", self.compute, DTYPES)
-        for operand in OPERANDS:
-            check_spec(getattr(self, operand))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which decoded operands are multiplied and results handed on."""
-        return DTYPES[self.compute]
-
-    @cached_property
-    def is_cast(self) -> bool:
-        """Whether every operand is only cast to `compute`. Asked at every call of a leaf."""
-        return all(getattr(self, o) == QSpec(format=self.compute) for o in OPERANDS)
-
-    @property
-    def label(self) -> str:
-        """One word where all operands share a format, all formats otherwise."""
-        return "/".join(dict.fromkeys(getattr(self, o).format for o in OPERANDS))
-
-    @classmethod
-    def of(cls, value: Any) -> "LeafPrecision":
-        """From a format name (all six operands), a mapping, or a LeafPrecision.
-
-        A mapping may give `all` for the operands that it does not name.
-        """
-        if isinstance(value, LeafPrecision):
-            return value
-        given: dict[str, Any] = {"all": value} if isinstance(value, str) else dict(value)
-        allowed = ("all", "compute", *OPERANDS)
-        for key in given:
-            check_choice("field of a leaf's precision", key, allowed)
-        rest = given.pop("all", None)
-        compute = given.pop("compute", None)
-        missing = [o for o in OPERANDS if o not in given]
-        if rest is None and missing:
-            raise ValueError(f"a leaf's precision lacks {', '.join(missing)}: name them, or 'all'")
-        specs = {o: QSpec.of(given.get(o, rest)) for o in OPERANDS}  # pyright: ignore
-        if compute is None:
-            compute = rest if rest in HIGH_FORMATS else "bf16"
-        return cls(compute=compute, **specs)
-
-    def to_plain(self) -> str | dict[str, Any]:
-        """The shortest plain value that `of` reads back."""
-        specs = {o: getattr(self, o).to_plain() for o in OPERANDS}
-        first = specs["fprop_x"]
-        same = all(spec == first for spec in specs.values())
-        plain: dict[str, Any] = {"all": first} if same else specs
-        usual = first if same and first in HIGH_FORMATS else "bf16"
-        if self.compute != usual:
-            return plain | {"compute": self.compute}
-        return first if same and isinstance(first, str) else plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +69,57 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Switch:
+    """From a step on, other formats for some matmuls of some leaves (arXiv:2509.25149, sec. 4.4).
+
+    Without `roles` it leaves the roles alone that are high by default.
+    """
+
+    at: int | float  # a step, or a share of all steps between 0 and 1
+    rule: Rule
+    gemms: tuple[str, ...] = tuple(GEMMS)  # ("fprop",) switches the forward pass alone
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.at, int) and not isinstance(self.at, bool)
+        if not (whole and self.at >= 0) and not (isinstance(self.at, float) and 0 <= self.at <= 1):
+            raise ValueError(f"a switch's `at` is a step or a share in [0, 1], got {self.at!r}")
+        if not self.gemms:
+            raise ValueError(f"a switch's `gemms` is empty: name some of {', '.join(GEMMS)}")
+        for gemm in self.gemms:
+            check_choice("matmul", gemm, GEMMS)
+
+    def is_active(self, step: int, max_steps: int) -> bool:
+        """Whether it holds for the step of that number, counted from 0."""
+        return step >= (self.at * max_steps if isinstance(self.at, float) else self.at)
+
+    def matches(self, *, name: str, role: str, layer: int | None, n_layers: int) -> bool:
+        """Whether it changes a leaf of that name, role and block."""
+        if not self.rule.roles and role in HIGH_ROLES:
+            return False
+        return self.rule.matches(name=name, role=role, layer=layer, n_layers=n_layers)
+
+    @classmethod
+    def of(cls, value: "Switch | dict[str, Any]") -> "Switch":
+        """From a mapping with `at`, `use` and any of `gemms`, `roles`, `name`, `layers`."""
+        if isinstance(value, Switch):
+            return value
+        for key in value:
+            known = ["at", "gemms", *(f.name for f in fields(Rule))]
+            check_choice("field of a precision switch", key, known)
+        if "at" not in value:
+            raise ValueError(f"a precision switch needs 'at', got {sorted(value)}")
+        rule = Rule.of({k: v for k, v in value.items() if k not in ("at", "gemms")})
+        gemms = value.get("gemms", tuple(GEMMS))
+        gemms = (gemms,) if isinstance(gemms, str) else tuple(gemms)
+        return cls(at=value["at"], rule=rule, gemms=gemms)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The plain mapping that `of` reads back."""
+        plain: dict[str, Any] = {"at": self.at, **self.rule.to_plain()}
+        return plain if set(self.gemms) == set(GEMMS) else plain | {"gemms": list(self.gemms)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionPolicy:
     """The whole of a model's precision. The first rule that matches a leaf wins."""
 
@@ -151,23 +127,49 @@ class PrecisionPolicy:
     default: LeafPrecision
     rules: tuple[Rule, ...] = ()
     strict: bool = True  # a weight of a quantisable role that no leaf owns is an error
+    seed: int = 0  # of random rounding and signs, beside the run's own
+    schedule: tuple[Switch, ...] = ()  # later ones over earlier ones
+
+    def active(self, step: int, max_steps: int) -> tuple[int, ...]:
+        """The switches of the schedule that hold at a step, by number."""
+        return tuple(i for i, s in enumerate(self.schedule) if s.is_active(step, max_steps))
 
     def resolve(
-        self, *, name: str, role: str, layer: int | None = None, n_layers: int = 0
+        self,
+        *,
+        name: str,
+        role: str,
+        layer: int | None = None,
+        n_layers: int = 0,
+        active: Sequence[int] = (),
     ) -> tuple[LeafPrecision, int | None]:
-        """What a leaf gets, and the number of the rule that said so (None: the default)."""
-        for number, rule in enumerate(self.rules):
-            if rule.matches(name=name, role=role, layer=layer, n_layers=n_layers):
-                return rule.use, number
-        return self.default, None
+        """What a leaf gets, and the number of the rule that said so (None: the default).
+
+        active: the switches that hold, from `active`; none: as training starts.
+        """
+        where = {"name": name, "role": role, "layer": layer, "n_layers": n_layers}
+        use, number = self.default, None
+        for i, rule in enumerate(self.rules):
+            if rule.matches(**where):
+                use, number = rule.use, i
+                break
+        for i in active:
+            if self.schedule[i].matches(**where):
+                use = use.replacing(self.schedule[i].gemms, self.schedule[i].rule.use)
+        return use, number
 
     @classmethod
     def of(cls, value: "PrecisionPolicy | str | dict[str, Any]") -> "PrecisionPolicy":
         """From a preset's name, a mapping as in YAML, or a policy.
 
+        A mapping may name a preset as its `base`: its own rules then come before the preset's,
+        and what else it says replaces what the preset says.
+
         Raises:
             ValueError: for a name that is no preset, an unknown field, format or option.
         """
+        from layers.precision.presets import PRESETS  # which are built of policies
+
         if isinstance(value, PrecisionPolicy):
             return value
         if isinstance(value, str):
@@ -177,48 +179,37 @@ class PrecisionPolicy:
         if not isinstance(value, dict):
             raise ValueError(f"precision must be a preset's name or a mapping, got {value!r}")
         for key in value:
-            check_choice("field of a precision policy", key, [f.name for f in fields(cls)])
+            known = ["base", *(f.name for f in fields(cls))]
+            check_choice("field of a precision policy", key, known)
+        given = {key: read(value[key]) for key, read in _READ.items() if key in value}
+        if "base" in value:
+            base = cls.of(value["base"])
+            given["rules"] = (*given.get("rules", ()), *base.rules)
+            return replace(base, **{"name": f"{base.name}_custom", **given})
         if "default" not in value:
-            raise ValueError(f"a precision policy needs 'default', got {sorted(value)}")
-        return cls(
-            name=value.get("name", "custom"),
-            default=LeafPrecision.of(value["default"]),
-            rules=tuple(Rule.of(rule) for rule in value.get("rules", ())),
-            strict=value.get("strict", True),
-        )
+            raise ValueError(f"a precision policy needs 'default' or 'base', got {sorted(value)}")
+        return cls(**{"name": "custom", **given})
 
     def to_plain(self) -> dict[str, Any]:
         """The plain mapping that `of` reads back, for YAML and JSON."""
-        return {
+        plain: dict[str, Any] = {
             "name": self.name,
             "default": self.default.to_plain(),
             "rules": [rule.to_plain() for rule in self.rules],
             "strict": self.strict,
         }
+        if self.seed:
+            plain["seed"] = self.seed
+        if self.schedule:
+            plain["schedule"] = [switch.to_plain() for switch in self.schedule]
+        return plain
 
 
-def _preset(name: str, default: LeafPrecision, high: str) -> PrecisionPolicy:
-    return PrecisionPolicy(
-        name=name,
-        default=default,
-        rules=(Rule(use=LeafPrecision.of(high), roles=HIGH_ROLES),),
-    )
-
-
-def _mxfp4() -> LeafPrecision:
-    """Scales rounded up, which never clip (precision.md 3 and 11.5)."""
-    return LeafPrecision.of({"all": {"format": "mxfp4", "scale_rule": "rceil"}})
-
-
-def _nvfp4() -> LeafPrecision:
-    """Weights in 16 x 16 tiles, so that fprop and dgrad see the same numbers (2509.25149)."""
-    tiled = QSpec(format="nvfp4", tile="2d")
-    return LeafPrecision.of({"all": "nvfp4", "fprop_w": tiled, "dgrad_w": tiled})
-
-
-PRESETS = {
-    "fp32": _preset("fp32", LeafPrecision.of("fp32"), "fp32"),
-    "bf16": _preset("bf16", LeafPrecision.of("bf16"), "bf16"),
-    "mxfp4": _preset("mxfp4", _mxfp4(), "bf16"),
-    "nvfp4": _preset("nvfp4", _nvfp4(), "bf16"),
-}  # fmt: skip
+_READ: dict[str, Callable[[Any], Any]] = {
+    "name": str,
+    "default": LeafPrecision.of,
+    "rules": lambda rules: tuple(Rule.of(rule) for rule in rules),
+    "strict": bool,
+    "seed": int,
+    "schedule": lambda switches: tuple(Switch.of(switch) for switch in switches),
+}

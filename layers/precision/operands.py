@@ -1,0 +1,142 @@
+"""The six operands of one leaf, each in a format (precision.md 10).
+
+With y[M, N] = x[M, K] w[N, K]^T: fprop multiplies x and w, dgrad multiplies dy and w, wgrad
+multiplies dy and x. Each operand is written along the axis that its matmul sums over; gradients
+pass straight through the rounding.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from layers.names import check_choice
+from layers.precision.formats import check_spec, resolve
+from layers.precision.spec import HIGH_FORMATS, QSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+OPERANDS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
+GEMMS = {"fprop": OPERANDS[0:2], "dgrad": OPERANDS[2:4], "wgrad": OPERANDS[4:6]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeafPrecision:
+    """The six operands of one leaf.
+
+    A `ValueTable` reads its rows through `fprop_w` alone, never rotated: a look-up has no second
+    operand to cancel a rotation.
+    """
+
+    fprop_x: QSpec
+    fprop_w: QSpec
+    dgrad_dy: QSpec
+    dgrad_w: QSpec
+    wgrad_dy: QSpec
+    wgrad_x: QSpec
+    compute: Literal["bf16", "fp32"] = "bf16"  # decoded operands are multiplied and handed on in it
+    # what the backward pass quantises: the tensors themselves, or what the forward made of them
+    saved: Literal["original", "quantized"] = "original"
+    # whose gradient passes the rounding: every value's, or none where a value was clipped
+    straight_through: Literal["all", "unclipped"] = "all"
+
+    def __post_init__(self) -> None:
+        check_choice("compute dtype", self.compute, DTYPES)
+        check_choice("saved", self.saved, ("original", "quantized"))
+        check_choice("straight_through", self.straight_through, ("all", "unclipped"))
+        if self.straight_through == "unclipped" and self.saved != "quantized":
+            raise ValueError("straight_through 'unclipped' needs saved 'quantized': it masks those")
+        for operand in OPERANDS:
+            check_spec(getattr(self, operand))
+        for gemm in GEMMS:
+            a, b = (getattr(self, operand) for operand in GEMMS[gemm])
+            if (a.hadamard, a.signs) != (b.hadamard, b.signs) and (a.hadamard or b.hadamard):
+                raise ValueError(
+                    f"{gemm} rotates its operands differently ({a.hadamard} {a.signs}, "
+                    f"{b.hadamard} {b.signs}): give both the same hadamard and signs"
+                )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which decoded operands are multiplied and results handed on."""
+        return DTYPES[self.compute]
+
+    @cached_property
+    def is_cast(self) -> bool:
+        """Whether every operand is only cast to `compute`. Asked at every call of a leaf."""
+        return all(getattr(self, o) == QSpec(format=self.compute) for o in OPERANDS)
+
+    def product_dtype(self, gemm: str) -> torch.dtype:
+        """In which decoded operands are multiplied: float32 where bfloat16 would round one."""
+        return self._product_dtypes[gemm]
+
+    @cached_property
+    def _product_dtypes(self) -> dict[str, torch.dtype]:
+        exact = {
+            gemm: all(resolve(getattr(self, o)).exact_in_bf16 for o in operands)
+            for gemm, operands in GEMMS.items()
+        }
+        return {gemm: self.dtype if exact[gemm] else torch.float32 for gemm in GEMMS}
+
+    @cached_property
+    def row_spec(self) -> QSpec:
+        """How a looked-up row is written: as `fprop_w`, by itself and not rotated."""
+        return self.fprop_w.but(hadamard=0, tile="1d")
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether an operand draws from the leaf's random stream."""
+        return any(getattr(self, o).is_random for o in OPERANDS)
+
+    @cached_property
+    def given_scales(self) -> tuple[str, ...]:
+        """The operands whose float32 scale the leaf holds."""
+        return tuple(o for o in OPERANDS if resolve(getattr(self, o)).given_scale)
+
+    def replacing(self, gemms: tuple[str, ...], by: "LeafPrecision") -> "LeafPrecision":
+        """This one with the operands of some matmuls taken from another."""
+        if set(gemms) == set(GEMMS):
+            return by
+        taken = {o: getattr(by, o) for gemm in gemms for o in GEMMS[gemm]}
+        return replace(self, **taken)
+
+    @property
+    def label(self) -> str:
+        """One word where all operands share a format, all formats otherwise."""
+        return "/".join(dict.fromkeys(getattr(self, o).format for o in OPERANDS))
+
+    @classmethod
+    def of(cls, value: Any) -> "LeafPrecision":
+        """From a format name (all six operands), a mapping, or a LeafPrecision.
+
+        A mapping may give `all` for the operands that it does not name.
+        """
+        if isinstance(value, LeafPrecision):
+            return value
+        given: dict[str, Any] = {"all": value} if isinstance(value, str) else dict(value)
+        others = ("compute", "saved", "straight_through")
+        allowed = ("all", *others, *OPERANDS)
+        for key in given:
+            check_choice("field of a leaf's precision", key, allowed)
+        rest = given.pop("all", None)
+        said = {key: given.pop(key) for key in others if key in given}
+        missing = [o for o in OPERANDS if o not in given]
+        if rest is None and missing:
+            raise ValueError(f"a leaf's precision lacks {', '.join(missing)}: name them, or 'all'")
+        specs = {o: QSpec.of(given.get(o, rest)) for o in OPERANDS}  # pyright: ignore
+        said.setdefault("compute", rest if rest in HIGH_FORMATS else "bf16")
+        return cls(**said, **specs)  # pyright: ignore[reportArgumentType] # checked by itself
+
+    def to_plain(self) -> str | dict[str, Any]:
+        """The shortest plain value that `of` reads back."""
+        specs = {o: getattr(self, o).to_plain() for o in OPERANDS}
+        first = specs["fprop_x"]
+        same = all(spec == first for spec in specs.values())
+        plain: dict[str, Any] = {"all": first} if same else specs
+        usual = first if same and first in HIGH_FORMATS else "bf16"
+        rest = {"compute": usual, "saved": "original", "straight_through": "all"}
+        said = {key: getattr(self, key) for key in rest if getattr(self, key) != rest[key]}
+        if said:
+            return plain | said
+        return first if same and isinstance(first, str) else plain

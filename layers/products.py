@@ -1,0 +1,68 @@
+"""The three matmuls of a linear layer, of operands already quantised, plain or by expert.
+
+M rows, K in, O out. A format's float32 scales stay out of its values; they multiply the product,
+which is exact where folding them into an operand would round it (precision.md section 4).
+"""
+
+import torch
+from torch import Tensor
+
+from layers.grouped import grouped_mm, grouped_mm_dx, grouped_wgrad, scale_rows_
+from layers.precision.quantize import Quantized
+
+
+def fprop(x: Quantized, w: Quantized, counts: Tensor | None) -> Tensor:
+    """y = x w^T. x: [M, K]; w: [O, K] or [E, O, K]. Returns [M, O]."""
+    if counts is None:
+        return _scaled(x.values @ w.values.mT, x.scale, _transposed(w.scale))
+    y = grouped_mm(x.values, w.values, counts)
+    return _scaled_rows(y, x.scale, _transposed(w.scale), counts)
+
+
+def dgrad(dy: Quantized, w: Quantized, counts: Tensor | None) -> Tensor:
+    """dx = dy w. dy: [M, O']; w: [O', K] or [E, O', K]. Returns [M, K]."""
+    if counts is None:
+        return _scaled(dy.values @ w.values, dy.scale, w.scale)
+    return _scaled_rows(grouped_mm_dx(dy.values, w.values, counts), dy.scale, w.scale, counts)
+
+
+def wgrad(dy: Quantized, x: Quantized, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dw = dy^T x. dy: [M', O]; x: [M', K]. Returns [O, K] or [E, O, K] in dtype."""
+    if counts is None:
+        return _scaled((dy.values.mT @ x.values).to(dtype), _transposed(dy.scale), x.scale)
+    if dy.ends is not None:
+        counts = torch.diff(dy.ends, prepend=dy.ends.new_zeros(1))
+    scales = [
+        s[:, None, None] if s is not None and s.dim() == 1 else s for s in (dy.scale, x.scale)
+    ]
+    dw = grouped_wgrad(dy.values, x.values, counts, dtype)
+    return _scaled(dw, _transposed(scales[0]), scales[1])
+
+
+def _transposed(scale: Tensor | None) -> Tensor | None:
+    return scale.mT if scale is not None and scale.dim() >= 2 else scale
+
+
+def _scaled(y: Tensor, *scales: Tensor | None) -> Tensor:
+    """The epilogue, in place: the float32 scales that the decoded operands were left without."""
+    given = [scale for scale in scales if scale is not None]
+    if len(given) == 2 and given[0].dim() == given[1].dim() == 0:
+        return y.mul_(given[0] * given[1])
+    for scale in given:
+        y = y.mul_(scale)
+    return y
+
+
+def _scaled_rows(y: Tensor, x: Tensor | None, w: Tensor | None, counts: Tensor) -> Tensor:
+    """The epilogue for rows sorted by expert, in place.
+
+    y: [N, F]; x: [E], [N, 1] or None; w: [E], [E, 1, F] or None; counts: [E].
+    """
+    by_expert = [s for s in (x, w) if s is not None and s.dim() == 1]
+    if by_expert:
+        y = scale_rows_(y, by_expert[0] if len(by_expert) == 1 else x * w, counts)  # pyright: ignore
+    if x is not None and x.dim() == 2:
+        y = y.mul_(x)
+    if w is not None and w.dim() == 3:
+        y = y.mul_(w[:, 0].repeat_interleave(counts, 0, output_size=y.shape[0]))
+    return y
