@@ -54,8 +54,9 @@ def grouped_wgrad(
 ) -> Tensor:
     """The gradient of every expert's matrix: `dw[e] = sum over its rows of dy[n] x[n]^T`.
 
-    dy: [N, O]; x: [N, K], same dtype; counts: [E] int64. Returns [E, O, K] in `dtype` (None: that
-    of the rows), exact zeros where an expert has no row.
+    dy: [N, O]; x: [N, K], same dtype; counts: [E] int64, whose sum may be less than N: rows past
+    it are not read. Returns [E, O, K] in `dtype` (None: that of the rows), exact zeros where an
+    expert has no row.
     """
     return torch.ops.moe_zoo.grouped_wgrad(dy, x, counts, dtype or dy.dtype, backend)
 
@@ -190,10 +191,10 @@ def _grouped_wgrad(
     dw = dy.new_empty(counts.shape[0], dy.shape[1], x.shape[1], dtype=dtype)
     product = _caster(dw, dy.dtype)
     sizes = counts.tolist()
+    parts = [*sizes, dy.shape[0] - sum(sizes)]  # rows past the last expert's are zeros of padding
     wide_dy, wide_x = (rows.new_empty(_rounded(max(sizes)), rows.shape[1]) for rows in (dy, x))
-    for size, dw_e, dy_e, x_e in zip(
-        sizes, dw.unbind(0), dy.split(sizes), x.split(sizes), strict=True
-    ):
+    pieces = zip(dy.split(parts), x.split(parts), strict=True)
+    for size, dw_e, (dy_e, x_e) in zip(sizes, dw.unbind(0), pieces, strict=False):
         if not size:
             dw_e.zero_()
             continue

@@ -1,43 +1,59 @@
 """Leaves: each of the three matmuls sums over operands quantised along its own axis."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 from layers.linear import ExpertLinear, Linear, ValueTable
-from layers.precision import PRESETS, LeafPrecision, fake_quantize
+from layers.precision import PRESETS, LeafPrecision, fake_quantize, quantize, seed_rounding
+from layers.precision.operands import OPERANDS
 
 M, K, N = 48, 64, 32
-LOW = ["mxfp4", "nvfp4"]
+LOW = [name for name in PRESETS if name not in ("fp32", "bf16")]
 
 
-def along(x, spec, axis):
-    """The decoded operand, from the public definition, in float64; blocks along `axis`."""
-    plain = {"scale_rule": spec.scale_rule, "tile": spec.tile}
-    moved = x.float().movedim(axis, -1).contiguous()
-    return fake_quantize(moved, spec.format, **plain).movedim(-1, axis).double()
+def along(x, leaf, operand, axis):
+    """The decoded operand, rotated where the spec says so, in float64, and its scale folded in."""
+    number = OPERANDS.index(operand)
+    key = None if leaf.rounding_key is None else leaf.rounding_key[int(not operand.endswith("_w"))]
+    q = quantize(
+        x.detach(), getattr(leaf.precision, operand), axis=axis, dtype=torch.float32, key=key,
+        operand=number,
+    )  # fmt: skip
+    return q.values.double() * (1.0 if q.scale is None else q.scale.double())
 
 
-def expected(x, w, dy, p):
+def expected(x, w, dy, leaf):
     """(y, dx, dw) as explicit products of separately quantised operands, in float64."""
-    y = along(x, p.fprop_x, -1) @ along(w, p.fprop_w, -1).T
-    dx = along(dy, p.dgrad_dy, -1) @ along(w, p.dgrad_w, -2)
-    dw = along(dy, p.wgrad_dy, -2).T @ along(x, p.wgrad_x, -2)
+    y = along(x, leaf, "fprop_x", -1) @ along(w, leaf, "fprop_w", -1).T
+    dx = along(dy, leaf, "dgrad_dy", -1) @ along(w, leaf, "dgrad_w", -2)
+    dw = along(dy, leaf, "wgrad_dy", -2).T @ along(x, leaf, "wgrad_x", -2)
     return y, dx, dw
 
 
-def leaf_precision(name, compute="fp32"):
+def leaf_precision(name, compute="fp32", **changes):
     plain = PRESETS[name].default.to_plain()
-    return LeafPrecision.of({**plain, "compute": compute})
+    plain = plain if isinstance(plain, dict) else {"all": plain}
+    return LeafPrecision.of({**plain, "compute": compute, **changes})
+
+
+def nearest(p):
+    """The same operands without random rounding, whose bits go by the place of a row."""
+    return replace(p, **{o: getattr(p, o).but(rounding="nearest") for o in OPERANDS})
 
 
 @pytest.mark.parametrize("name", LOW)
 @pytest.mark.parametrize(("compute", "rtol"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_linear_is_three_products_of_quantised_operands(name, compute, rtol):
+def test_invariant_13_linear_is_three_products_of_quantised_operands(name, compute, rtol):
     p = leaf_precision(name, compute)
+    if p.saved == "quantized":
+        pytest.skip("its backward pass quantises what the forward made: a test of its own")
     layer = Linear(K, N, role="ffn")
     layer.precision = p
+    seed_rounding(layer, 3, 5)
     x = torch.randn(M, K, requires_grad=True)
     dy = torch.randn(M, N)
     y = layer(x)
@@ -45,14 +61,34 @@ def test_linear_is_three_products_of_quantised_operands(name, compute, rtol):
     y.backward(dy.to(y))
     dy_seen = dy.to(y).float()
     for got, want in zip(
-        (y, x.grad, layer.weight.grad), expected(x, layer.weight, dy_seen, p), strict=True
+        (y, x.grad, layer.weight.grad), expected(x, layer.weight, dy_seen, layer), strict=True
     ):
         error = (got.double() - want).norm() / want.norm()
         assert error < rtol
 
 
+@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize("axes", ["K", "M", "N"])
+def test_lengths_that_no_block_divides(name, axes):
+    """Padding adds nothing to a product: close to the plain one, as the aligned one is."""
+    m, k, n = M + 5 * ("M" in axes), K + 3 * ("K" in axes), N + 7 * ("N" in axes)
+    layer = Linear(k, n, role="ffn")
+    plain = Linear(k, n, role="ffn")
+    plain.load_state_dict(layer.state_dict())
+    layer.precision = PRESETS[name].default
+    x = torch.randn(m, k)
+    results = []
+    for leaf in (layer, plain):
+        inputs = x.clone().requires_grad_()
+        leaf(inputs).square().sum().backward()
+        results.append((inputs.grad, leaf.weight.grad))
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape
+        assert (got - want).norm() / want.norm() < 0.45
+
+
 @pytest.mark.parametrize("operand", ["fprop_x", "fprop_w", "dgrad_dy", "wgrad_x"])
-def test_one_low_operand_leaves_the_other_products_exact(operand):
+def test_invariant_13_one_low_operand_leaves_the_other_products_exact(operand):
     layer = Linear(K, N, role="ffn")
     layer.precision = LeafPrecision.of({"all": "fp32", operand: "mxfp4", "compute": "fp32"})
     plain = Linear(K, N, role="ffn")
@@ -70,7 +106,7 @@ def test_one_low_operand_leaves_the_other_products_exact(operand):
 
 
 @pytest.mark.parametrize("precision", [None, LeafPrecision.of("fp32")])
-def test_high_equals_torch_bit_for_bit(precision):
+def test_invariant_13_high_equals_torch_bit_for_bit(precision):
     layer = Linear(K, N, role="ffn", bias=True)
     layer.precision = precision
     x = torch.randn(2, M, K)
@@ -78,10 +114,10 @@ def test_high_equals_torch_bit_for_bit(precision):
 
 
 @pytest.mark.parametrize("name", ["bf16", *LOW])
-def test_experts_equal_a_loop_of_single_linears(name):
+def test_invariant_14_experts_equal_a_loop_of_single_linears(name):
     counts = torch.tensor([5, 0, 33, 17, 0])
     stack = ExpertLinear(5, K, N, role="expert")
-    p = stack.precision = PRESETS[name].default
+    p = stack.precision = nearest(PRESETS[name].default)
     x = torch.randn(int(counts.sum()), K, requires_grad=True)
     dy = torch.randn(x.shape[0], N).bfloat16()
     y = stack(x, counts)
@@ -105,12 +141,12 @@ def test_experts_equal_a_loop_of_single_linears(name):
 
 
 @pytest.mark.parametrize("name", [None, "fp32", "bf16", *LOW])
-def test_value_table_equals_a_look_up_in_the_quantised_table(name):
+def test_invariant_15_value_table_equals_a_look_up_in_the_quantised_table(name):
     table = ValueTable(50, 48, role="memory_values")
     ids, weights = torch.randint(50, (7, 3)), torch.randn(7, 3)
     values = table.weight.detach().clone()
     if name in LOW:
-        spec = PRESETS[name].default.fprop_x
+        spec = PRESETS[name].default.row_spec
         values = torch.stack([fake_quantize(row[None], spec)[0] for row in values])
     elif name == "bf16":
         values = values.bfloat16()

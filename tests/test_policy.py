@@ -42,8 +42,10 @@ def test_six_operands_round_trip():
 
 def test_head_stays_high_and_the_rest_is_low():
     report = apply_policy(Blocks(), PRESETS["mxfp4"])
-    assert {p.name: p.format for p in report.parameters}["head.weight"] == "bf16"
-    assert report.weight_share() == pytest.approx({"mxfp4": 8 / 9, "bf16": 1 / 9})
+    formats = {p.name: p.format for p in report.parameters}
+    assert formats["head.weight"] == "bf16"
+    assert all(f == "bf16" for n, f in formats.items() if n.startswith("blocks.3."))  # the tail
+    assert report.weight_share() == pytest.approx({"mxfp4": 6 / 9, "bf16": 3 / 9})
     assert not report.untouched
 
 
