@@ -32,11 +32,15 @@ def wgrad(dy: Quantized, x: Quantized, counts: Tensor | None, dtype: torch.dtype
         return _scaled((dy.values.mT @ x.values).to(dtype), _transposed(dy.scale), x.scale)
     if dy.ends is not None:
         counts = torch.diff(dy.ends, prepend=dy.ends.new_zeros(1))
-    scales = [
-        s[:, None, None] if s is not None and s.dim() == 1 else s for s in (dy.scale, x.scale)
-    ]
     dw = grouped_wgrad(dy.values, x.values, counts, dtype)
-    return _scaled(dw, _transposed(scales[0]), scales[1])
+    by_expert = [s for s in (dy.scale, x.scale) if s is not None and s.dim() == 1]
+    if len(by_expert) == 2:  # one number for each expert, multiplied first as a single layer's are
+        return dw.mul_((by_expert[0] * by_expert[1])[:, None, None])
+    return _scaled(dw, _transposed(_widened(dy.scale)), _widened(x.scale))
+
+
+def _widened(scale: Tensor | None) -> Tensor | None:
+    return scale[:, None, None] if scale is not None and scale.dim() == 1 else scale
 
 
 def _transposed(scale: Tensor | None) -> Tensor | None:
