@@ -21,6 +21,10 @@ LOAD_KEYS = ("entropy", "largest_share", "dead", "zero_computation_share")
 Row = dict[str, float | None]
 
 
+class Diverged(Exception):
+    """The loss is no number any more: training ends here, and the run is recorded as it is."""
+
+
 class Curve(Callback):
     """Logs a row every `log_every` and every `eval_every` steps, the same keys in each.
 
@@ -87,11 +91,19 @@ class Curve(Callback):
             return
         row = self._close(step) | {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
         self.pause()
+        finite = math.isfinite(row["train_bpb"] or 0.0)
         row |= (
-            self._evaluated(pl_module) if evaluates else dict.fromkeys(self._eval_keys(pl_module))
+            self._evaluated(pl_module)
+            if evaluates and finite
+            else dict.fromkeys(self._eval_keys(pl_module))
         )
         self.rows.append(row)
         self._write(trainer, row)
+        if not finite:
+            raise Diverged(
+                f"the loss became {row['train_bpb']} by step {step}: lower optim.lr, or clip "
+                "gradients with optim.clip_norm"
+            )
 
     def _add(self, outputs: dict[str, Any], batch: Any) -> None:
         added = {"nats": outputs["nats"], "bytes": batch.n_bytes.sum(), "batches": 1.0}
@@ -100,18 +112,9 @@ class Curve(Callback):
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def _close(self, step: int) -> Row:
-        """The interval's means; the sums start anew.
-
-        Raises:
-            ValueError: when the loss is no longer a number.
-        """
+        """The interval's means; the sums start anew."""
         sums = {name: float(value) for name, value in self._sums.items()}  # waits for the device
         now = self.train_s + (time.perf_counter() - self._since if self._since else 0.0)
-        if not math.isfinite(sums["nats"]):
-            raise ValueError(
-                f"the loss became {sums['nats']} by step {step}: lower optim.lr, or clip gradients "
-                "with optim.clip_norm"
-            )
         before = self.rows[-1] if self.rows else {"tokens": 0, "train_s": 0.0}
         row: Row = {
             "step": step,
@@ -129,15 +132,17 @@ class Curve(Callback):
     def _eval_keys(self, task: LanguageModelTask) -> list[str]:
         domains = [f"eval_bpb/{domain}" for domain in self.data.domains]
         loads = [f"load/{key}" for key in LOAD_KEYS] if expert_names(task.model) else []
-        return ["eval_bpb", *domains, *loads]
+        return ["eval_bpb", *domains, "sharpness", *loads]
 
     def _evaluated(self, task: LanguageModelTask) -> Row:
-        """Bits per byte on the thinned validation part; router load averaged over layers."""
-        found = evaluate(task.model, self.data.val_dataloader(), self.data.domains)
+        """Bits per byte and sharpness on the thinned validation part; load averaged over layers."""
+        eps = task.recipe.trainer.sharpness_eps
+        found = evaluate(task.model, self.data.val_dataloader(), self.data.domains, eps)
         final = found.bpb.final()
         row: Row = dict.fromkeys(self._eval_keys(task))
         row["eval_bpb"] = final.bpb
         row |= {f"eval_bpb/{domain}": bpb for domain, bpb in final.bpb_by_domain.items()}
+        row["sharpness"] = found.sharpness.value()
         return row | mean_load(found.load.loads())
 
     def _write(self, trainer: pl.Trainer, row: Row) -> None:
@@ -150,9 +155,17 @@ class Curve(Callback):
                 logger.log_metrics({k: v for k, v in logged.items() if v is not None}, step)
 
     def points(self) -> tuple[Point, ...]:
-        """The rows as result.json keeps them."""
+        """The rows as result.json keeps them: a number that is none is left out."""
         names = Point.__dataclass_fields__
-        return tuple(Point(**{name: row[name] for name in names}) for row in self.rows)  # pyright: ignore
+        return tuple(Point(**{name: _known(row[name]) for name in names}) for row in self.rows)  # pyright: ignore
+
+    def losses(self) -> list[float]:
+        """Training loss of each row, bits per byte; of each step where each has a row."""
+        return [row["train_bpb"] or 0.0 for row in self.rows]
+
+    def steps(self, places: Sequence[int]) -> tuple[int, ...]:
+        """The steps of some rows."""
+        return tuple(int(self.rows[i]["step"] or 0) for i in places)
 
     def tokens_per_s(self) -> float:
         """Median over the rows but the first, whose interval holds the warm-up."""
@@ -162,7 +175,12 @@ class Curve(Callback):
 
 def final_evaluation(task: LanguageModelTask, data: TextData) -> Evaluation:
     """The whole validation part."""
-    return evaluate(task.model, data.eval_loader("validation"), data.domains)
+    eps = task.recipe.trainer.sharpness_eps
+    return evaluate(task.model, data.eval_loader("validation"), data.domains, eps)
+
+
+def _known(x: float | None) -> float | None:
+    return x if x is not None and math.isfinite(x) else None
 
 
 def mean_load(load: Sequence[LayerLoad]) -> Row:

@@ -141,12 +141,13 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def check(recipe: Recipe) -> None:
     """Raise for numbers, names and choices that no run could use, before anything is built."""
     trainer, data = recipe.trainer, recipe.data
-    numbers: dict[str, int | None] = {
+    numbers: dict[str, float | None] = {
         "max_steps": trainer.max_steps,
         "accumulate": trainer.accumulate,
         "eval_every_steps": trainer.eval_every_steps,
         "checkpoint_every_steps": trainer.checkpoint_every_steps,
         "log_every_steps": trainer.log_every_steps,
+        "sharpness_eps": trainer.sharpness_eps,
         "threads": trainer.threads,
     }
     check_positive(**{f"trainer.{k}": n for k, n in numbers.items() if n is not None})

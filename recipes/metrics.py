@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from recipes.batches import Batch
 from recipes.report.records import Final, LayerLoad
+from recipes.sharpness import EPS, Sharpness
 
 DEAD_BELOW = 0.1  # of the even share (comparison.md section 8)
 
@@ -128,10 +129,12 @@ def load_of(
 
 
 class Evaluation:
-    """One pass over evaluation batches: bits per byte, router load, mean auxiliary losses."""
+    """One pass over evaluation batches: bits per byte, sharpness, router load, mean losses."""
 
-    def __init__(self, model: nn.Module, domains: Sequence[str]):
+    def __init__(self, model: nn.Module, domains: Sequence[str], eps: float = EPS):
+        """eps: reach of the sharpness."""
         self.bpb = BitsPerByte(domains)
+        self.sharpness = Sharpness(eps)
         self.load = ExpertLoad(domains, expert_names(model))
         self._losses: dict[str, float] = {}
         self._tokens = 0
@@ -139,6 +142,7 @@ class Evaluation:
     def update(self, output: Any, batch: Batch) -> None:
         """Add the model's output for one batch."""
         self.bpb.update(token_nats(output.logits, batch.targets), batch)
+        self.sharpness.update(output.logits, batch)
         self.load.update(output.stats, batch.domain)
         n = batch.targets.numel() if batch.mask is None else int(batch.mask.sum())
         self._tokens += n
@@ -151,9 +155,14 @@ class Evaluation:
         return {name: total / max(self._tokens, 1) for name, total in self._losses.items()}
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], domains: Sequence[str]) -> Evaluation:
-    """Run a model over batches, each of one domain. Draws no random number, changes no state."""
-    evaluation = Evaluation(model, domains)
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], domains: Sequence[str], eps: float = EPS
+) -> Evaluation:
+    """Run a model over batches, each of one domain. Draws no random number, changes no state.
+
+    eps: reach of the sharpness.
+    """
+    evaluation = Evaluation(model, domains, eps)
     training = model.training
     device = next(model.parameters()).device
     model.eval()

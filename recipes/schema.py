@@ -41,6 +41,7 @@ class TrainerConfig:
     eval_every_steps: int = 50
     checkpoint_every_steps: int = 100
     log_every_steps: int = 10
+    sharpness_eps: float = 1e-3  # reach of the perturbed logits; recipes/sharpness.py
     activation_checkpointing: bool = False
     compile: bool = False
     matmul: Literal["auto", "default"] = "auto"  # auto: the fast fp32 path where it stays exact

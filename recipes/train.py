@@ -1,6 +1,7 @@
 """Train a recipe into a run directory; go on where a killed run stopped."""
 
 import contextlib
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from recipes.costing import run_cost, whole_model_cost
 from recipes.curve import Curve, final_evaluation
 from recipes.data import TextData
 from recipes.names import ffn_label, precision_label
+from recipes.precision_callbacks import precision_callbacks
 from recipes.report.records import SCHEMA, Run, Sample, Speed
 from recipes.runtime import settings
 from recipes.schema import Recipe
@@ -29,17 +31,22 @@ from zoo.pretrained import own_tensors
 LOCK_WAIT_S = 5.0  # a run that was killed may take a moment to be gone
 SAMPLE_TOKENS = 200
 SAMPLE_PROMPT = "The "
+NO_FINAL = Final(bpb=math.nan, nats_per_token=math.nan, eval_bytes=0, eval_tokens=0)
 
 
-def train(recipe: Recipe, out: Path | str, *, variant: str | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, out: Path | str, *, variant: str | None = None, run_id: str | None = None
+) -> dict[str, Any]:
     """Train, evaluate on the whole validation part, and leave a run directory.
 
-    A directory whose run is finished is only read; one whose run was killed is gone on with.
+    A directory whose run is finished is only read; one whose run was killed is gone on with. A
+    loss that becomes infinite or NaN ends the run: it is recorded as diverged, without weights.
 
     Args:
         recipe: what to train.
         out: the run directory.
         variant: its label in a comparison; None: the catalogue's name of its FFN.
+        run_id: what it is called; None: its label, precision and seed.
 
     Returns:
         The content of result.json.
@@ -57,7 +64,7 @@ def train(recipe: Recipe, out: Path | str, *, variant: str | None = None) -> dic
             print(f"{done['id']}: already finished in {out}", flush=True)
             return done
         with settings(recipe.trainer):
-            return _train(recipe, out, variant or ffn_label(recipe.model.ffn))
+            return _train(recipe, out, variant or ffn_label(recipe.model.ffn), run_id)
 
 
 def _claim(recipe: Recipe, out: Path) -> None:
@@ -75,8 +82,8 @@ def _claim(recipe: Recipe, out: Path) -> None:
         record.write_text(path, load.to_yaml(recipe))
 
 
-def _train(recipe: Recipe, out: Path, variant: str) -> dict[str, Any]:
-    run_id = f"{variant}-{precision_label(recipe.precision)}-s{recipe.seed}"
+def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[str, Any]:
+    run_id = run_id or f"{variant}-{precision_label(recipe.precision)}-s{recipe.seed}"
     fingerprint = record.fingerprint(load.to_plain(recipe))
     about = {
         "versions": record.versions(),
@@ -96,12 +103,16 @@ def _train(recipe: Recipe, out: Path, variant: str) -> dict[str, Any]:
     curve = _curve(recipe, data, cost)
     trainer = lean_trainer(recipe, out, [
         SeedEachBatch(recipe.seed),
+        *precision_callbacks(recipe),
         curve,
         Progress(run_id, curve),
         SaveLast(last, recipe.trainer.checkpoint_every_steps, curve, fingerprint),
     ])  # fmt: skip
     with _interruptible(trainer):
-        trainer.fit(task, data, ckpt_path=str(last) if resumed else None, weights_only=True)
+        try:
+            trainer.fit(task, data, ckpt_path=str(last) if resumed else None, weights_only=True)
+        except Diverged as error:
+            print(f"{run_id}: {error}", flush=True)
     return _finish(recipe, out, task, data, curve, cost, run_id, variant, about)
 
 
@@ -174,13 +185,10 @@ def _finish(
     recipe: Recipe, out: Path, task: LanguageModelTask, data: TextData, curve: Curve, cost: Cost,
     run_id: str, variant: str, about: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    evaluation = final_evaluation(task, data)
-    with record.replacing(out / "weights.safetensors") as part:
-        save_file(
-            {name: t.detach().contiguous() for name, t in own_tensors(task.model).items()}, part
-        )
-    (out / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
-    steps = recipe.trainer.max_steps
+    (steps,) = curve.steps([-1])
+    outcome = _outcome(task, data, curve)
+    if outcome["final"] is not NO_FINAL:
+        _save_weights(task, out / "weights.safetensors")
     result = Run(
         schema=SCHEMA,
         id=run_id,
@@ -188,29 +196,56 @@ def _finish(
         ffn=ffn_label(recipe.model.ffn),
         precision=precision_label(recipe.precision),
         seed=recipe.seed,
+        lr=recipe.optim.lr,
         recipe=load.to_plain(recipe),
         **about,
         steps=steps,
         tokens=steps * curve.tokens,
         cost=run_cost(cost, tied=recipe.model.tie_embeddings),
-        final=evaluation.bpb.final(),
         speed=Speed(
             tokens_per_s=curve.tokens_per_s(),
             train_s=curve.train_s,
             peak_memory_bytes=float(record.peak_memory_bytes()),
         ),
         curve=curve.points(),
-        load=evaluation.load.loads(),
-        losses=evaluation.losses,
-        sample=Sample(prompt=SAMPLE_PROMPT, text=sample(task, data)),
+        **outcome,
     )
-    plain = asdict(result)
+    plain, final = asdict(result), result.final
+    told = f"{final.bpb:.4f} bits/byte on {final.eval_bytes:,} bytes"
+    if final is NO_FINAL:
+        plain["final"] |= {"bpb": None, "nats_per_token": None}  # JSON has no NaN
+        told = f"diverged by step {result.diverged_step}"
     record.write_json(out / "result.json", plain)
-    final = result.final
-    print(
-        f"{run_id}: {final.bpb:.4f} bits/byte on {final.eval_bytes:,} bytes, in {out}", flush=True
-    )
+    print(f"{run_id}: {told}, in {out}", flush=True)
     return cast("dict[str, Any]", record.read_result(out))
+
+
+def _outcome(task: LanguageModelTask, data: TextData, curve: Curve) -> dict[str, Any]:
+    """What training came to, as a Run has it; figures of the model only where there are some."""
+    losses = curve.losses()
+    told = diverged_at(losses)
+    found: dict[str, Any] = {"final": NO_FINAL, "spike_steps": curve.steps(spikes(losses))}
+    evaluation = final_evaluation(task, data) if math.isfinite(losses[-1]) else None
+    final = evaluation.bpb.final() if evaluation else NO_FINAL
+    if evaluation and math.isfinite(final.bpb):
+        found |= {
+            "final": final,
+            "load": evaluation.load.loads(),
+            "losses": evaluation.losses,
+            "sample": Sample(prompt=SAMPLE_PROMPT, text=sample(task, data)),
+            "sharpness": evaluation.sharpness.value(),
+        }
+    elif told is None:  # the last update broke the weights
+        told = len(losses) - 1
+    at = None if told is None else curve.steps([told])[0]
+    return found | {"diverged": at is not None, "diverged_step": at}
+
+
+def _save_weights(task: LanguageModelTask, path: Path) -> None:
+    tensors = {name: t.detach().contiguous() for name, t in own_tensors(task.model).items()}
+    with record.replacing(path) as part:
+        save_file(tensors, part)
+    path.chmod(0o644)  # as the other files; the library writes 0600
 
 
 def sample(task: LanguageModelTask, data: TextData) -> str:

@@ -31,7 +31,8 @@ def main() -> int:
     from recipes.train import train
 
     try:
-        train(load(Path(directory) / "recipe.yaml"), directory, variant=label)
+        name = Path(directory).name  # which says the learning rate where several are tried
+        train(load(Path(directory) / "recipe.yaml"), directory, variant=label, run_id=name)
     except ValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

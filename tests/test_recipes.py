@@ -1,6 +1,7 @@
 """Recipes: strict, round-tripping, complete; and what a run leaves behind."""
 
 import math
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -185,9 +186,16 @@ def test_recomputing_learns_the_same(tmp_path):
     assert plain["curve"][-1]["train_bpb"] < plain["curve"][0]["train_bpb"] < 8.5
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
-    with pytest.raises(ValueError, match=r"the loss became (nan|inf) by step \d: lower optim\.lr"):
-        train(tiny_recipe("mlp", "optim.lr=1e30", "optim.clip_norm=null"), tmp_path)
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, capsys):
+    recipe = tiny_recipe("mlp", "optim.lr=1e30", "optim.clip_norm=null")
+    result = train(recipe, tmp_path)
+    told = capsys.readouterr().out
+    assert re.search(r"the loss became (nan|inf) by step 3: lower optim\.lr", told)
+    assert (result["diverged"], result["diverged_step"], result["steps"]) == (True, 3, 3)
+    assert result["final"]["bpb"] is None
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+    assert train(recipe, tmp_path) == result  # kept, not run again
 
 
 def test_settings_are_put_back():

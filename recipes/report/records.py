@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layers.names import check_choice
-from recipes.report.strict import read_as
+from recipes.report.strict import Measured, read_as
 
 SCHEMA = 1
 Budget = Literal["active_flops", "flops", "params", "active_params", "weight_bytes"]
@@ -33,10 +33,10 @@ class RunCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Final:
-    """Held-out results at the end of training."""
+    """Held-out results at the end of training; no numbers where it ended in a loss that is none."""
 
-    bpb: float
-    nats_per_token: float
+    bpb: Measured
+    nats_per_token: Measured
     bpb_by_domain: dict[str, float] = field(default_factory=dict)
     eval_bytes: int
     eval_tokens: int
@@ -61,6 +61,7 @@ class Point:
     train_s: float  # cumulative, training only
     train_bpb: float | None = None
     eval_bpb: float | None = None  # at steps with an evaluation
+    sharpness: float | None = None  # of the logits, in percent; recipes.sharpness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ class Run:
     ffn: str  # catalogue name
     precision: str
     seed: int
+    lr: float | None = None  # peak learning rate
     steps: int  # optimizer steps
     tokens: int  # trained on
     cost: RunCost
@@ -117,6 +119,10 @@ class Run:
     load: tuple[LayerLoad, ...] = ()  # one per MoE layer
     losses: dict[str, float] = field(default_factory=dict)  # unweighted, e.g. "balance"
     sample: Sample | None = None
+    sharpness: float | None = None  # as of a Point
+    diverged: bool = False
+    diverged_step: int | None = None  # at which it was told; recipes.stability
+    spike_steps: tuple[int, ...] = ()  # at which spikes began
 
     def __post_init__(self) -> None:
         _check_schema(self.schema)
@@ -128,6 +134,7 @@ class Choice:
 
     variant: str
     precision: str
+    lr: float | None = None  # None: its best, where several were tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +169,7 @@ class Comparison:
     variants: tuple[str, ...] = ()  # labels, in order
     precisions: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    lrs: tuple[float, ...] = ()  # peak learning rates tried; none: each recipe's own
     noise: RecordedNoise | None = None
     allowed_differences: tuple[str, ...] = ()  # recipe keys
 
@@ -177,6 +185,7 @@ class Results:
     schema: int
     comparison: Comparison | None = None
     runs: tuple[Run, ...]
+    failures: dict[str, str] = field(default_factory=dict)  # id of a run without result: reason
 
     def __post_init__(self) -> None:
         _check_schema(self.schema)
@@ -184,13 +193,22 @@ class Results:
             raise ValueError("runs is empty: a report needs at least one finished run")
         seen: dict[object, str] = {}
         for run in self.runs:
-            for key in (run.id, (run.variant, run.precision, run.seed)):
+            lr = (run.lr,) if self.lrs else ()
+            for key in (run.id, (run.variant, run.precision, run.seed, *lr)):
                 if key in seen:
                     raise ValueError(f"runs {seen[key]!r} and {run.id!r} are the same: {key!r}")
                 seen[key] = run.id
         base = self.baseline
-        if not any((r.variant, r.precision) == (base.variant, base.precision) for r in self.runs):
+        mine = [r for r in self.runs if (r.variant, r.precision) == (base.variant, base.precision)]
+        if not mine:
             raise ValueError(f"no run of the baseline {base.variant!r} in {base.precision!r}")
+        if base.lr not in (None, *(run.lr for run in mine)):
+            raise ValueError(f"no run of the baseline at learning rate {base.lr:g}")
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """The learning rates that a comparison tried side by side; none: there is no such axis."""
+        return self.comparison.lrs if self.comparison else ()
 
     @property
     def baseline(self) -> Choice:

@@ -2,11 +2,13 @@
 
 import types
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from math import nan
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from layers.names import unknown
 
 T = TypeVar("T")
+Measured = Annotated[float, "null where it is no number"]  # JSON has no NaN; read as one
 
 
 def read_as(kind: type[T], data: object, where: str) -> T:
@@ -27,6 +29,8 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     origin = get_origin(kind)
     if kind is Any:
         return data
+    if origin is Annotated:
+        return nan if data is None else _read(float, data, where)
     if origin in (Union, types.UnionType):
         return _read_optional(kind, data, where)
     if origin is tuple:
@@ -50,7 +54,7 @@ def _read_optional(kind: Any, data: Any, where: str) -> Any:
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     given = _expect(dict, data, where, "an object")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     known = {f.name: f for f in fields(kind)}
     for key in given:
         if key not in known:
