@@ -99,6 +99,7 @@ def compare(comparison: Annotated[str, typer.Argument(help="A file, or a shipped
     else:
         show.results(settled.out / "results.json")
         print(f"report: {report}", flush=True)
+    comparing.check_failures(settled)
 
 
 @app.command()

@@ -8,6 +8,7 @@ variants:
   - {label: mixed, ffn: [...]}     # any layer plan; taken as it is, refused if off budget
 precisions: [bf16, nvfp4]
 seeds: [0]
+lrs: [2.0e-3, 4.0e-3]              # peak learning rates, each a run; none: the recipe's own
 extra_seeds: [1, 2, 3]             # of the baseline alone: the noise
 baseline: {variant: swiglu, precision: bf16}
 """
@@ -29,6 +30,7 @@ class Baseline:
 
     variant: str = "???"  # a label
     precision: str = "bf16"
+    lr: float | None = None  # one of `lrs`; None: where several are tried, its best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class Comparison:
     variants: list[Any] = field(default_factory=list)
     precisions: list[Any] = field(default_factory=lambda: ["bf16"])
     seeds: list[int] = field(default_factory=lambda: [0])
+    lrs: list[float] = field(default_factory=list)
     extra_seeds: list[int] = field(default_factory=list)
     baseline: Baseline = field(default_factory=Baseline)
     # of the whole model, per token; active_flops: matmul FLOPs of the forward pass
@@ -135,6 +138,11 @@ def _variant(item: Any, where: str) -> Variant:
 
 
 def baseline_of(c: Comparison, variants: Sequence[Variant]) -> Variant:
+    if c.baseline.lr not in (None, *c.lrs):
+        allowed = f"one of lrs={c.lrs}" if c.lrs else "left out, or lrs given"
+        raise ValueError(f"comparison: baseline.lr must be {allowed}, got {c.baseline.lr}")
+    if c.lrs and c.extra_seeds and c.baseline.lr is None:
+        raise ValueError(f"comparison: extra_seeds need baseline.lr, one of lrs={c.lrs}")
     precisions = {precision_label(p) for p in c.precisions}
     if c.baseline.precision not in precisions:
         raise unknown("precision of the baseline", c.baseline.precision, precisions)
@@ -142,3 +150,8 @@ def baseline_of(c: Comparison, variants: Sequence[Variant]) -> Variant:
     if c.baseline.variant not in by_label:
         raise unknown("variant of the baseline", c.baseline.variant, by_label)
     return by_label[c.baseline.variant]
+
+
+def baseline_precision(c: Comparison) -> Any:
+    """As `precisions` gives it: a preset's name, or a policy whose label the baseline says."""
+    return next(p for p in c.precisions if precision_label(p) == c.baseline.precision)

@@ -1,13 +1,20 @@
 """The runs that a comparison comes to: budgets matched, differences checked."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from layers.names import check_positive
 from recipes import load
-from recipes.comparison import Comparison, Variant, baseline_of, shared_recipe, variants_of
+from recipes.comparison import (
+    Comparison,
+    Variant,
+    baseline_of,
+    baseline_precision,
+    shared_recipe,
+    variants_of,
+)
 from recipes.costing import whole_model_cost
 from recipes.names import precision_label
 from recipes.report.records import Match
@@ -16,6 +23,7 @@ from zoo.budget import measure_of, solve_width
 from zoo.registry import find
 
 MAY_DIFFER = ("model.ffn", "model.router", "precision", "seed")
+LR = "optim.lr"  # may differ too where learning rates are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +64,29 @@ def plan(comparison: Comparison, overrides: Mapping[str, Any] | None = None) -> 
     """
     c = comparison
     check_positive(tolerance=c.tolerance, multiple_of=c.multiple_of)
+    check_positive(**{f"lrs[{i}]": lr for i, lr in enumerate(c.lrs)})
     if "/" in c.name or c.name in ("", ".", ".."):
         raise ValueError(f"comparison: name must be usable as a folder's, got {c.name!r}")
     shared = shared_recipe(c.recipe, overrides or {})
     variants = variants_of(c.variants)
     base = baseline_of(c, variants)
+    _check_rates(c, variants, overrides or {})
     target, solved, matched = _match(c, shared, variants, base)
     runs = [
-        _run(shared, variant, precision, seed)
+        _run(shared, variant, precision, seed, lr)
         for seed in c.seeds
+        for lr in c.lrs or [None]
         for variant in solved
         for precision in c.precisions
     ]
-    baseline = solved[variants.index(base)]
-    extra = [_run(shared, baseline, c.baseline.precision, seed) for seed in c.extra_seeds]
+    baseline = (solved[variants.index(base)], baseline_precision(c))
+    extra = [_run(shared, *baseline, seed, c.baseline.lr) for seed in c.extra_seeds]
     runs = _distinct([*runs, *extra])
     _check_differences(c, runs)
     resolved = {**load.to_plain(c), "recipe": _written_out(shared)}
     del resolved["out"]
+    if not c.lrs:  # a directory from before there were any stays what it is
+        del resolved["lrs"], resolved["baseline"]["lr"]
     return Plan(comparison=c, resolved=resolved, target=target, matched=matched, runs=runs)
 
 
@@ -93,7 +106,7 @@ def _match(
     read = measure_of("flops" if c.hold == "active_flops" else c.hold)
 
     def measure(variant: Variant) -> float:
-        return read(whole_model_cost(_recipe(shared, variant, c.baseline.precision, 0)))
+        return read(whole_model_cost(_recipe(shared, variant, baseline_precision(c), 0)))
 
     target = measure(base)
     solved: list[Variant] = []
@@ -151,10 +164,19 @@ def _solve(
     return at(found.width), found.width
 
 
-def _run(shared: Mapping[str, Any], variant: Variant, precision: Any, seed: int) -> PlannedRun:
+def _run(
+    shared: Mapping[str, Any], variant: Variant, precision: Any, seed: int, lr: float | None
+) -> PlannedRun:
     recipe = _recipe(shared, variant, precision, seed)
-    run_id = f"{variant.label}-{precision_label(precision)}-s{seed}"
+    if lr is not None:
+        recipe = replace(recipe, optim=replace(recipe.optim, lr=lr))
+    run_id = "-".join([variant.label, precision_label(precision), *rate(lr), f"s{seed}"])
     return PlannedRun(id=run_id, variant=variant.label, recipe=recipe)
+
+
+def rate(lr: float | None) -> list[str]:
+    """How an id says a learning rate, where there are several."""
+    return [] if lr is None else [f"lr{lr:g}"]
 
 
 def _distinct(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
@@ -166,9 +188,17 @@ def _distinct(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
     return tuple(by_id.values())
 
 
+def _check_rates(c: Comparison, variants: Sequence[Variant], overrides: Mapping[str, Any]) -> None:
+    """Raise where a learning rate is said that `lrs` would overrule."""
+    said = {"the overrides": overrides, **{v.label: v.recipe for v in variants}}
+    for who, recipe in said.items():
+        if c.lrs and "lr" in recipe.get("optim", {}):
+            raise ValueError(f"comparison: {who} must leave optim.lr to lrs={c.lrs}")
+
+
 def _check_differences(c: Comparison, runs: Sequence[PlannedRun]) -> None:
     """Raise where recipes differ outside the allow-list."""
-    allowed = (*MAY_DIFFER, *c.allow)
+    allowed = (*MAY_DIFFER, *([LR] if c.lrs else []), *c.allow)
     first = load.to_plain(runs[0].recipe)
     for run in runs[1:]:
         offending = [

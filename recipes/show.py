@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +79,13 @@ def plan(found: "Plan") -> None:
 
 
 def results(path: Path) -> None:
-    """The runs of a comparison, best first."""
-    runs = sorted(json.loads(path.read_text())["runs"], key=lambda run: run["final"]["bpb"])
+    """The runs of a comparison, best first; its stability, where there is something to tell."""
+    results = json.loads(path.read_text())
+    runs = sorted(results["runs"], key=lambda run: run["final"]["bpb"] or inf)
     rows = [
         [
             run["id"],
-            f"{run['final']['bpb']:.4f}",
+            _bpb(run["final"]["bpb"]),
             f"{run['cost']['params']:,}",
             f"{run['cost']['active_params']:,.0f}",
             f"{run['speed']['tokens_per_s']:,.0f}",
@@ -93,6 +95,36 @@ def results(path: Path) -> None:
     ]
     heads = ["run", "bits/byte", "params", "active", "tokens/s", "peak memory"]
     _table(heads, rows, numbers_from=1)
+    _stability(path)
+
+
+def _stability(path: Path) -> None:
+    """One row per variant, precision and learning rate."""
+    from recipes.report.records import read_results
+    from recipes.report.trials import tally, trials_of, worth_telling
+
+    read = read_results(path)
+    if not worth_telling(read):
+        return
+    rows = []
+    for trial in trials_of(read):
+        count = tally(trial.runs)
+        rows.append([
+            f"{trial.variant} {trial.precision}",
+            "" if trial.lr is None else f"{trial.lr:g}",
+            _bpb(trial.bpb),
+            f"{count.diverged} of {count.runs}",
+            f"{count.spiked} of {count.runs}",
+            "" if count.sharpness is None else f"{count.sharpness:.3f} %",
+        ])  # fmt: skip
+    heads = ["stability", "lr", "bits/byte", "diverged", "spiked", "sharpness"]
+    _table(heads, rows, numbers_from=1)
+    for run_id, reason in read.failures.items():
+        print(f"failed: {run_id}: {reason}")
+
+
+def _bpb(value: float | None) -> str:
+    return f"{value:.4f}" if value is not None and isfinite(value) else "diverged"
 
 
 def _cost(found: Any) -> dict[str, Any]:

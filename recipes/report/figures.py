@@ -6,6 +6,7 @@ A figure is what the page's script draws: `views` (each with a label, data and l
 A trace says in `meta` to which variant and precision it belongs; legends and looks follow it.
 """
 
+import json
 from collections.abc import Sequence
 from math import isfinite
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from recipes.report import text
 from recipes.report.records import Point, Run
 from recipes.report.study import Group, Study
+from recipes.report.text import Markup, el, join
 
 Figure = dict[str, Any]
 MAX_POINTS = 400  # of a curve that are drawn; those with an evaluation always are
@@ -125,3 +127,24 @@ def _end_range(lines: Sequence[tuple[Group, Run]]) -> list[float] | None:
 def _number(x: float | None) -> float | None:
     """JSON knows no NaN."""
     return x if x is not None and isfinite(x) else None
+
+
+def plot(figure: Figure, key: str, label: str) -> Markup:
+    """A place that the page's script draws into, and its data; safe inside HTML."""
+    data = json.dumps(_finite(figure), separators=(",", ":"), allow_nan=False)
+    for char in "<>&\u2028\u2029":
+        data = data.replace(char, f"\\u{ord(char):04x}")
+    height = (figure.get("layout") or figure["views"][0]["layout"])["height"]
+    return join(
+        el("div", class_="plot", id=f"plot-{key}", aria_label=label, style=f"height:{height}px"),
+        Markup(f'<script type="application/json" id="data-{key}">{data}</script>'),
+    )
+
+
+def _finite(data: Any) -> Any:
+    """JSON knows no NaN: what a diverged run left behind is not drawn."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data

@@ -24,9 +24,10 @@ def headline(study: Study) -> Markup:
 
 
 def name(study: Study, group: Group) -> Markup:
-    """Variant with its colour, precision quietly behind it."""
+    """Variant with its colour; quietly precision and, where it is one of several, learning rate."""
     dot = swatch(study.look.colours[group.variant])
-    return join(dot, el("b", group.variant), " ", el("span", group.precision, class_="quiet"))
+    rest = group.precision + ("" if group.lr is None else f" · lr {group.lr:g}")
+    return join(dot, el("b", group.variant), " ", el("span", rest, class_="quiet"))
 
 
 def sentence(study: Study, group: Group) -> str:
@@ -72,6 +73,9 @@ def _facts(study: Study) -> list[Fact]:
     if corpora:
         note = f"tokenizer: {', '.join(tokenizers) or 'unknown'}"
         facts.append(("Data", ", ".join(corpora), note))
+    if study.results.lrs:
+        low, high = min(study.results.lrs), max(study.results.lrs)
+        facts.append(("Learning rates", str(len(study.results.lrs)), f"{low:g} to {high:g}"))
     tokens = _span([r.tokens for r in runs], text.si)
     facts.append(("Tokens per run", tokens, f"{_span([r.steps for r in runs], text.exact)} steps"))
     facts += _budget_fact(study)
@@ -130,7 +134,20 @@ def _summary(study: Study) -> Markup | None:
         parts = [f"{words[w]} {w}" for w in ("better", "worse", "not resolved") if words[w]]
         told = f"Against {study.baseline.words}: {', '.join(parts)}. "
         reason = "A difference inside the measured noise is not resolved, whichever way it points."
-    return el("p", loose or None, el("strong", told), reason, class_="lead")
+    return el("p", loose or None, el("strong", told), reason, _rates(study), class_="lead")
+
+
+def _rates(study: Study) -> str | None:
+    """Which of several learning rates each variant is judged at."""
+    if not study.results.lrs:
+        return None
+    pinned = study.results.baseline.lr
+    but = f"; the baseline stands at {pinned:g}, as the comparison says" if pinned else ""
+    return (
+        f" Of {len(study.results.lrs)} learning rates each variant and precision stands here at "
+        "the one with the lowest mean bits per byte among those at which no run diverged, chosen "
+        f"on the same held-out text{but}. Stability, below, shows all of them."
+    )
 
 
 def _forest(study: Study) -> Markup | None:

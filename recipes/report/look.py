@@ -4,7 +4,7 @@ The colours are of middle lightness, so that they can be read on white and on ne
 """
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 BASELINE_COLOUR = "#7d8896"  # a quiet grey: what the others are measured against
@@ -44,6 +44,7 @@ class Look:
     dashes: dict[str, str]  # precision: plotly dash
     markers: dict[str, str]  # precision: plotly symbol
     glyphs: dict[str, str]  # precision: the marker as a character
+    tones: dict[tuple[str, str], str]  # variant, precision: #rrggbb; see `tones_of`
 
 
 def look_of(variants: Sequence[str], precisions: Sequence[str], baseline: str) -> Look:
@@ -56,7 +57,19 @@ def look_of(variants: Sequence[str], precisions: Sequence[str], baseline: str) -
         dashes={p: DASHES[i % len(DASHES)] for i, p in enumerate(precisions)},
         markers={p: MARKERS[i % len(MARKERS)] for i, p in enumerate(precisions)},
         glyphs={p: GLYPHS[i % len(GLYPHS)] for i, p in enumerate(precisions)},
+        tones=tones_of(colours, precisions),
     )
+
+
+def tones_of(colours: Mapping[str, str], precisions: Sequence[str]) -> dict[tuple[str, str], str]:
+    """A colour for each variant in each precision, where dashes alone would not tell them apart.
+
+    The variant's; or, where there is one variant only, one per precision, the first one grey.
+    """
+    if len(colours) > 1:
+        return {(v, p): c for v, c in colours.items() for p in precisions}
+    accents = [BASELINE_COLOUR, *(colour(i) for i in range(len(precisions) - 1))]
+    return {(v, p): c for v in colours for p, c in zip(precisions, accents, strict=True)}
 
 
 def colour(i: int) -> str:

@@ -14,7 +14,8 @@ def read_runs(dirs: Iterable[Path]) -> dict[str, Any]:
 
     A single comparison directory keeps what it says of itself. Otherwise the runs are laid side
     by side with no claim that anything was held equal, and the first one is the baseline. Runs
-    that carry the same id or the same labels are told apart by the name of their directory.
+    that carry the same labels are told apart by their learning rate, and those that still do, or
+    that carry the same id, by the name of their directory.
 
     Args:
         dirs: each holds a `result.json` (a run) or a `results.json` (a comparison).
@@ -46,13 +47,19 @@ def _runs_in(path: Path) -> list[dict[str, Any]]:
 def _told_apart(found: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Runs with distinct ids and distinct (variant, precision, seed)."""
     ids = Counter(run["id"] for _, run in found)
-    cells = Counter(_cell(run) for _, run in found)
+    rates: dict[Any, set[float | None]] = {}
+    for _, run in found:
+        rates.setdefault(_cell(run), set()).add(run.get("lr"))
+    cells = Counter((_cell(run), run.get("lr")) for _, run in found)
     runs = [dict(run) for _, run in found]
     for (name, original), run in zip(found, runs, strict=True):
+        cell, lr = _cell(original), original.get("lr")
         if ids[original["id"]] > 1:
             run["id"] = f"{original['id']} ({name})"
-        if cells[_cell(original)] > 1:
-            run["variant"] = f"{original['variant']} ({name})"
+        if len(rates[cell]) > 1 and lr is not None:
+            run["variant"] += f" lr {lr:g}"
+        if cells[cell, lr] > 1:
+            run["variant"] += f" ({name})"
     return runs
 
 

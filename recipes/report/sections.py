@@ -1,19 +1,17 @@
 """The sections of the page below the headline; one with nothing to show is None."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any
 
 from recipes.report import bars, figures, heat, tables
 from recipes.report.domains import domain_table
-from recipes.report.figures import Figure
+from recipes.report.figures import Figure, plot
 from recipes.report.frontier import frontier
 from recipes.report.headline import name
 from recipes.report.provenance import provenance
+from recipes.report.stability import stability
 from recipes.report.study import Group, Study
-from recipes.report.text import Content, Markup, anchor, el, folded, join, swatch
+from recipes.report.text import Markup, anchor, el, folded, join, lead, swatch
 
 DASH_ARRAYS = {
     "solid": None, "dash": "6 4", "dot": "1.5 4", "dashdot": "7 4 1.5 4",
@@ -41,6 +39,7 @@ def sections(study: Study) -> list[Section]:
         ("Loss curves", _curves(study)),
         ("Quality against cost", _frontier(study)),
         ("Precision gap", _gap(study)),
+        ("Stability", stability(study)),
         ("Expert load", _load(study)),
         ("Domains", _domains(study)),
         ("Samples", _samples(study)),
@@ -48,32 +47,6 @@ def sections(study: Study) -> list[Section]:
         ("Recipes and machines", provenance(study)),
     )
     return [Section(title, body) for title, body in made if body is not None]
-
-
-def plot(figure: Figure, key: str, label: str) -> Markup:
-    """A place that the page's script draws into, and its data; safe inside HTML."""
-    data = json.dumps(_finite(figure), separators=(",", ":"), allow_nan=False)
-    for char in "<>&\u2028\u2029":
-        data = data.replace(char, f"\\u{ord(char):04x}")
-    height = (figure.get("layout") or figure["views"][0]["layout"])["height"]
-    return join(
-        el("div", class_="plot", id=f"plot-{key}", aria_label=label, style=f"height:{height}px"),
-        Markup(f'<script type="application/json" id="data-{key}">{data}</script>'),
-    )
-
-
-def _finite(data: Any) -> Any:
-    """JSON knows no NaN: what a diverged run left behind is not drawn."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not isfinite(data) else data
-
-
-def lead(*content: Content) -> Markup:
-    """What a section shows and how to read it."""
-    return el("p", *content, class_="lead")
 
 
 def tabs(key: str, of: str, labels: Iterable[str]) -> Markup:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, isfinite, log10
+from math import ceil, inf, isfinite, log10
 from statistics import fmean
 
 from recipes.report.look import Look, look_of
@@ -15,11 +15,15 @@ BYTES_AT = ("1", "16", "256", "4096")  # tokens processed together
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one variant in one precision: they differ in their seed alone."""
+    """The runs of one variant in one precision: they differ in their seed alone.
+
+    Where several learning rates were tried, those of one of them.
+    """
 
     variant: str
     precision: str
     runs: tuple[Run, ...]  # by seed
+    lr: float | None = None  # the one of several; None where no other was tried
 
     @property
     def key(self) -> tuple[str, str]:
@@ -152,10 +156,31 @@ def _groups(
     results: Results, variants: tuple[str, ...], precisions: tuple[str, ...]
 ) -> tuple[Group, ...]:
     groups = []
+    base = results.baseline.variant, results.baseline.precision
     for variant in variants:
         for precision in precisions:
             runs = [r for r in results.runs if (r.variant, r.precision) == (variant, precision)]
-            if runs:
-                runs.sort(key=lambda r: r.seed)
-                groups.append(Group(variant, precision, tuple(runs)))
+            if not runs:
+                continue
+            lr = None
+            if results.lrs:
+                pinned = results.baseline.lr if (variant, precision) == base else None
+                lr = best_lr(runs) if pinned is None else pinned
+                runs = [r for r in runs if r.lr == lr]
+            groups.append(Group(variant, precision, tuple(sorted(runs, key=lambda r: r.seed)), lr))
     return tuple(groups)
+
+
+def best_lr(runs: Sequence[Run]) -> float | None:
+    """The learning rate of the lowest mean bits per byte over its seeds; ties go to the lower.
+
+    One at which a run diverged comes after all at which none did: it is not one to train at.
+    """
+
+    def rank(lr: float | None) -> tuple[bool, float, float]:
+        mine = [r for r in runs if r.lr == lr]
+        mean = fmean(r.final.bpb for r in mine)
+        diverged = any(r.diverged for r in mine) or not isfinite(mean)
+        return diverged, mean if isfinite(mean) else inf, lr or 0.0
+
+    return min({r.lr for r in runs}, key=rank)

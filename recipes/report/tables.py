@@ -16,16 +16,21 @@ def main_table(study: Study) -> Markup:
         n for n in BYTES_AT if any(n in g.first.cost.weight_bytes_per_token for g in study.groups)
     ]
     heads = [
-        _head("Variant", False),
-        _head("Bits per byte", title="mean over the seeds, held-out; ± half of its 95 % interval"),
-        _head("Verdict", False, title="against the baseline"),
-        _head("Parameters", title="every trainable number"),
-        _head("Active", title="parameters that one token touches"),
-        _head("FLOPs/token", title="matmuls, forward"),
-        *(_head("Bytes/token", title=f"weight bytes read per token, {n} at once", n=n) for n in at),
-        _head("Tokens/s", title="median while training, mean over the seeds"),
-        _head("Time", title="training alone, mean over the seeds"),
-        _head("Memory", title="peak while training"),
+        sort_head("Variant", False),
+        sort_head(
+            "Bits per byte", title="mean over the seeds, held-out; ± half of its 95 % interval"
+        ),
+        sort_head("Verdict", False, title="against the baseline"),
+        sort_head("Parameters", title="every trainable number"),
+        sort_head("Active", title="parameters that one token touches"),
+        sort_head("FLOPs/token", title="matmuls, forward"),
+        *(
+            sort_head("Bytes/token", title=f"weight bytes read per token, {n} at once", n=n)
+            for n in at
+        ),
+        sort_head("Tokens/s", title="median while training, mean over the seeds"),
+        sort_head("Time", title="training alone, mean over the seeds"),
+        sort_head("Memory", title="peak while training"),
     ]
     rows = [_row(study, g, at) for g in study.groups]
     table = el(
@@ -51,17 +56,19 @@ def _bytes_toggle(at: list[str]) -> Markup | None:
     )
 
 
-def _head(
+def sort_head(
     label: str, number: bool = True, title: str | None = None, n: str | None = None
 ) -> Markup:
+    """The head of a column, to sort by; n: of the column that shows for so many tokens at once."""
     classes = " ".join(filter(None, (NUMBER if number else "", "at" if n else "")))
     button = el("button", label, type="button", title=title)
     return el("th", button, class_=classes or None, data_at=n, aria_sort="none", scope="col")
 
 
-def _cell(
+def num_cell(
     value: float | None, shown: str, title: str | None = None, at: str | None = None
 ) -> Markup:
+    """A number that is sorted by its value; one that is not known is a dash and stays last."""
     known = value is not None and isfinite(value)
     return el(
         "td",
@@ -88,13 +95,13 @@ def _row(study: Study, g: Group, at: list[str]) -> Markup:
         el("td", text.bpb(g.bpb, study.digits), noise, class_=NUMBER,
            data_value=repr(g.bpb) if isfinite(g.bpb) else ""),
         el("td", chip(word), data_value=word, title=note or None),
-        _cell(cost.params, text.si(cost.params), text.exact(cost.params)),
-        _cell(cost.active_params, text.si(cost.active_params), text.exact(cost.active_params)),
-        _cell(flops, text.si(flops), text.exact(flops)),
-        *(_cell(b, text.si(b or 0, "B"), text.exact(b or 0), n) for n, b in bytes_at),
-        _cell(g.tokens_per_s, text.si(g.tokens_per_s)),
-        _cell(g.train_s, text.seconds(g.train_s)),
-        _cell(memory, text.si(memory or 0, "B")),
+        num_cell(cost.params, text.si(cost.params), text.exact(cost.params)),
+        num_cell(cost.active_params, text.si(cost.active_params), text.exact(cost.active_params)),
+        num_cell(flops, text.si(flops), text.exact(flops)),
+        *(num_cell(b, text.si(b or 0, "B"), text.exact(b or 0), n) for n, b in bytes_at),
+        num_cell(g.tokens_per_s, text.si(g.tokens_per_s)),
+        num_cell(g.train_s, text.seconds(g.train_s)),
+        num_cell(memory, text.si(memory or 0, "B")),
         class_="base" if word == "baseline" else None,
     )  # fmt: skip
 
@@ -110,17 +117,17 @@ def runs_table(study: Study) -> Markup:
         el(
             "tr",
             el("td", el("code", r.id)),
-            _cell(r.seed, str(r.seed)),
-            _cell(r.final.bpb, text.bpb(r.final.bpb, study.digits)),
-            _cell(r.steps, f"{r.steps:,}"),
-            _cell(r.tokens, text.si(r.tokens), text.exact(r.tokens)),
-            _cell(r.speed.tokens_per_s, text.si(r.speed.tokens_per_s)),
-            _cell(r.speed.train_s, text.seconds(r.speed.train_s)),
+            num_cell(r.seed, str(r.seed)),
+            num_cell(r.final.bpb, text.bpb(r.final.bpb, study.digits)),
+            num_cell(r.steps, f"{r.steps:,}"),
+            num_cell(r.tokens, text.si(r.tokens), text.exact(r.tokens)),
+            num_cell(r.speed.tokens_per_s, text.si(r.speed.tokens_per_s)),
+            num_cell(r.speed.train_s, text.seconds(r.speed.train_s)),
         )
         for g in study.groups
         for r in g.runs
     ]
-    head = el("tr", *(_head(h, i > 0) for i, h in enumerate(heads)))
+    head = el("tr", *(sort_head(h, i > 0) for i, h in enumerate(heads)))
     table = el("table", el("thead", head), el("tbody", *rows), class_="sortable")
     summary = el("summary", f"All {len(rows)} runs, one by one")
     return el("details", summary, el("div", table, class_="scroll"))
@@ -133,17 +140,17 @@ def load_table(study: Study) -> Markup:
         el(
             "tr",
             el("td", name(study, g), data_value=f"{g.label} {r.seed}", title=r.id),
-            _cell(x.layer, str(x.layer)),
-            _cell(x.entropy, f"{x.entropy:.3f}"),
-            _cell(x.largest_share, text.percent(x.largest_share)),
-            _cell(x.dead, str(x.dead)),
-            _cell(x.zero_computation_share, text.percent(x.zero_computation_share)),
+            num_cell(x.layer, str(x.layer)),
+            num_cell(x.entropy, f"{x.entropy:.3f}"),
+            num_cell(x.largest_share, text.percent(x.largest_share)),
+            num_cell(x.dead, str(x.dead)),
+            num_cell(x.zero_computation_share, text.percent(x.zero_computation_share)),
         )
         for g in study.moe_groups()
         for r in g.runs[:1]
         for x in r.load
     ]
-    head = el("tr", *(_head(h, i > 0) for i, h in enumerate(heads)))
+    head = el("tr", *(sort_head(h, i > 0) for i, h in enumerate(heads)))
     table = el("table", el("thead", head), el("tbody", *rows), class_="sortable")
     note = el(
         "p",

@@ -47,6 +47,11 @@ def join(*content: Content) -> Markup:
     )
 
 
+def lead(*content: Content) -> Markup:
+    """What a section shows and how to read it."""
+    return el("p", *content, class_="lead")
+
+
 def swatch(colour: str) -> Markup:
     """A dot in the colour of a variant."""
     return el("i", class_="swatch", style=f"--c:{colour}")
