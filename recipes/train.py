@@ -17,13 +17,14 @@ from layers.base import Cost
 from recipes import load, record
 from recipes.callbacks import AtomicCheckpoints, Progress, SaveLast, SeedEachBatch, read_checkpoint
 from recipes.costing import run_cost, whole_model_cost
-from recipes.curve import Curve, final_evaluation
+from recipes.curve import Curve, Diverged, final_evaluation
 from recipes.data import TextData
 from recipes.names import ffn_label, precision_label
 from recipes.precision_callbacks import precision_callbacks
-from recipes.report.records import SCHEMA, Run, Sample, Speed
+from recipes.report.records import SCHEMA, Final, Run, Sample, Speed
 from recipes.runtime import settings
 from recipes.schema import Recipe
+from recipes.stability import diverged_at, spikes
 from recipes.task import LanguageModelTask
 from zoo.generate import generate
 from zoo.pretrained import own_tensors
