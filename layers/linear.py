@@ -1,11 +1,16 @@
 """The leaves: the only matmuls and look-ups that a precision policy applies to."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from layers.matmul import expert_linear, linear, lookup
 from layers.names import check_positive
 from layers.precision.leaf import Leaf
+
+if TYPE_CHECKING:
+    from layers.posttraining.correction import Correction
 
 
 class Linear(Leaf):
@@ -20,6 +25,7 @@ class Linear(Leaf):
         self.role = role
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.correction: Correction | None = None  # what post-training quantisation adds
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -30,7 +36,10 @@ class Linear(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out], in the policy's compute dtype (else the input's)."""
-        return linear(x, self.weight, self.bias, self)
+        c = self.correction
+        if c is None:
+            return linear(x, self.weight, self.bias, self)
+        return c.corrected(linear(c.shifted(x), self.weight, self.bias, self), x)
 
     def extra_repr(self) -> str:
         d_out, d_in = self.weight.shape
@@ -45,6 +54,7 @@ class ExpertLinear(Leaf):
         check_positive(n_experts=n_experts, d_in=d_in, d_out=d_out)
         self.role = role
         self.weight = nn.Parameter(torch.empty(n_experts, d_out, d_in))
+        self.correction: Correction | None = None  # what post-training quantisation adds
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -53,11 +63,18 @@ class ExpertLinear(Leaf):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x: [N, in], rows sorted by expert; counts: [E] int64, rows of each. Returns [N, out]."""
-        return expert_linear(x, self.weight, counts, self)
+        c = self.correction
+        if c is None:
+            return expert_linear(x, self.weight, counts, self)
+        y = expert_linear(c.shifted(x, counts), self.weight, counts, self)
+        return c.corrected(y, x, counts)
 
     def one(self, x: Tensor, expert: int) -> Tensor:
         """Rows that all belong to one expert. x: [N, in]. Returns [N, out]."""
-        return linear(x, self.weight[expert], None, self, expert)
+        if self.correction is None:
+            return linear(x, self.weight[expert], None, self, expert)
+        c = self.correction.of(expert)
+        return c.corrected(linear(c.shifted(x), self.weight[expert], None, self, expert), x)
 
     def weight_sets(self) -> int:
         """One for each expert."""
