@@ -12,15 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.grouped import grouped_linear
+from layers.packing.products import packed_fprop, packed_rows, usable
+from layers.packing.weight import Packed, PackedWeight
 from layers.precision.hadamard import signs_of, unrotate
 from layers.precision.leaf import Leaf
 from layers.precision.operands import OPERANDS, LeafPrecision
 from layers.precision.quantize import Quantized, quantize, unclipped
 from layers.products import dgrad, fprop, wgrad
 
+PACKED = (Packed, PackedWeight)
+Weight = Tensor | Packed | PackedWeight
+
 
 def linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, leaf: Leaf, expert: int | None = None
+    x: Tensor, w: Weight, bias: Tensor | None, leaf: Leaf, expert: int | None = None
 ) -> Tensor:
     """x: [..., in]; w: [out, in]; bias: [out]. Returns [..., out].
 
@@ -29,17 +34,22 @@ def linear(
     p = leaf.precision
     dtype = x.dtype if p is None else p.dtype
     bias = None if bias is None else bias.to(dtype)
+    if isinstance(w, PACKED):
+        y = _packed(x.flatten(0, -2), w, None, leaf, expert).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
     if p is None or p.is_cast:
         return F.linear(x.to(dtype), w.to(dtype), bias)
     y = _quantized(x.flatten(0, -2), w, None, p, leaf, expert).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 
-def expert_linear(x: Tensor, w: Tensor, counts: Tensor, leaf: Leaf) -> Tensor:
+def expert_linear(x: Tensor, w: Weight, counts: Tensor, leaf: Leaf) -> Tensor:
     """x: [N, in], rows sorted by expert; w: [E, out, in]; counts: [E]. Returns [N, out].
 
     No block and no scale mixes two experts.
     """
+    if isinstance(w, PACKED):
+        return _packed(x, w, counts, leaf)
     p = leaf.precision
     if p is None or p.is_cast:
         dtype = x.dtype if p is None else p.dtype
@@ -47,13 +57,18 @@ def expert_linear(x: Tensor, w: Tensor, counts: Tensor, leaf: Leaf) -> Tensor:
     return _quantized(x, w, counts, p, leaf)
 
 
-def lookup(table: Tensor, ids: Tensor, weights: Tensor, leaf: Leaf) -> Tensor:
+def lookup(table: Weight, ids: Tensor, weights: Tensor, leaf: Leaf) -> Tensor:
     """table: [M, D]; ids: [T, K] int64; weights: [T, K]. Returns sum_k weights * rows, [T, D].
 
     Rows are quantised after the gather and each by itself, which equals gathering from a quantised
     table and costs only the rows touched (precision.md section 10).
     """
     p = leaf.precision
+    if isinstance(table, PACKED):
+        packed = usable(table, weights, leaf, as_rows=True)
+        assert p is not None
+        rows = packed_rows(packed, ids.flatten(), p)
+        return torch.einsum("tk,tkd->td", weights.to(p.dtype), rows.unflatten(0, ids.shape))
     if p is None or p.fprop_w.is_high:
         rows = table if p is None else table.float()
         y = F.embedding_bag(ids, rows, per_sample_weights=weights.to(rows), mode="sum")
@@ -85,6 +100,17 @@ def _quantized(
     y = _QuantizedMatmul.apply(x, w, counts, *_state(leaf, expert), p, leaf.observer)
     assert isinstance(y, Tensor)
     return y
+
+
+def _packed(
+    x: Tensor, w: Packed | PackedWeight, counts: Tensor | None, leaf: Leaf,
+    expert: int | None = None,
+) -> Tensor:  # fmt: skip
+    packed, p = usable(w, x, leaf, as_rows=False), leaf.precision
+    assert p is not None
+    ends = None if counts is None else counts.cumsum(0)
+    q = _Operands(p, _state(leaf, expert), leaf.observer, ends)
+    return packed_fprop(q("fprop_x", x, -1), packed, counts, p.product_dtype("fprop")).to(p.dtype)
 
 
 class _Operands:

@@ -13,10 +13,17 @@ from layers.precision.quantize import Quantized
 
 def fprop(x: Quantized, w: Quantized, counts: Tensor | None) -> Tensor:
     """y = x w^T. x: [M, K]; w: [O, K] or [E, O, K]. Returns [M, O]."""
+    y = x.values @ w.values.mT if counts is None else grouped_mm(x.values, w.values, counts)
+    return epilogue(y, x.scale, w.scale, counts)
+
+
+def epilogue(
+    y: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, counts: Tensor | None
+) -> Tensor:
+    """y of `fprop`, times the scales that its operands were left without, in place."""
     if counts is None:
-        return _scaled(x.values @ w.values.mT, x.scale, _transposed(w.scale))
-    y = grouped_mm(x.values, w.values, counts)
-    return _scaled_rows(y, x.scale, _transposed(w.scale), counts)
+        return _scaled(y, x_scale, _transposed(w_scale))
+    return _scaled_rows(y, x_scale, _transposed(w_scale), counts)
 
 
 def dgrad(dy: Quantized, w: Quantized, counts: Tensor | None) -> Tensor:

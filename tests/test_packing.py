@@ -138,11 +138,11 @@ def test_stochastic_rounding_packs_the_draw_of_its_key():
 
 def test_invariant_12_a_packed_weight_round_trips_through_its_state_dict():
     leaf = nn.Module()
-    leaf.weight = PackedWeight(pack(torch.randn(2, 6, 33), "nvfp4"), QSpec(format="nvfp4"))
+    leaf.weight = PackedWeight(pack(torch.randn(2, 6, 33), "nvfp4"))
     state = leaf.state_dict()
     assert sorted(state) == ["weight.codes", "weight.scales", "weight.tensor_scale"]
     other = nn.Module()
-    other.weight = PackedWeight(pack(torch.randn(2, 6, 33), "nvfp4"), QSpec(format="nvfp4"))
+    other.weight = PackedWeight(pack(torch.randn(2, 6, 33), "nvfp4"))
     other.load_state_dict(state)
     assert other.weight.shape == (2, 6, 33)
     assert torch.equal(other.weight.decode(torch.float32), leaf.weight.decode(torch.float32))
@@ -150,7 +150,7 @@ def test_invariant_12_a_packed_weight_round_trips_through_its_state_dict():
 
 
 def test_another_floating_type_leaves_a_packed_weight_as_it_is():
-    weight = PackedWeight(pack(torch.randn(6, 64), "nvfp4"), QSpec(format="nvfp4"))
+    weight = PackedWeight(pack(torch.randn(6, 64), "nvfp4"))
     before = {name: t.clone() for name, t in weight.state_dict().items()}
     weight.to(torch.bfloat16).half()
     for name, t in weight.state_dict().items():
@@ -161,7 +161,7 @@ def test_another_floating_type_leaves_a_packed_weight_as_it_is():
 def test_rows_of_a_table_decode_alone():
     w, ids = torch.randn(10, 48), torch.tensor([7, 0, 7])
     spec = QSpec(format="nvfp4", scope="row")
-    table = PackedWeight(pack(w, spec), spec)
+    table = PackedWeight(pack(w, spec))
     whole = table.decode(torch.float32) * table.tensor_scale
     rows = table.packed.rows(ids)
     assert torch.equal(rows.decode(torch.float32) * rows.tensor_scale, whole[ids])
@@ -177,7 +177,7 @@ def test_rows_of_a_table_decode_alone():
 )  # fmt: skip
 def test_bytes_are_the_bits_that_a_format_names(spec, expected):
     w = torch.randn(256, 512)
-    weight = PackedWeight(pack(w, spec), QSpec.of(spec))
+    weight = PackedWeight(pack(w, spec))
     assert weight.bytes * 8 / w.numel() == pytest.approx(expected, rel=0.001)
 
 

@@ -1,14 +1,17 @@
 """A model in a folder: `config.json` and `model.safetensors`."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from zoo.packing import HEADER, header_of, make_room, native_tensors
 
 MODEL_TYPE = "moe-zoo"
 
@@ -22,14 +25,14 @@ class Pretrained:
         """Write config and weights; a weight that two modules share is written once.
 
         The precision is not written: it is a way to compute, set anew with `zoo.set_precision`.
+        Of a packed model it is, in the header of the weights: they can compute in no other.
         """
         assert isinstance(self, nn.Module)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": MODEL_TYPE, **asdict(self.config)}  # pyright: ignore
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        weights = {name: t.detach().contiguous() for name, t in own_tensors(self).items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_weights(self, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -41,8 +44,10 @@ class Pretrained:
         """
         folder = Path(folder)
         config = _read_config(folder / "config.json")
-        model = cls(cls.config_class.of(config))  # pyright: ignore
-        load_weights(model, folder / "model.safetensors")  # pyright: ignore
+        path = folder / "model.safetensors"
+        with building(path):
+            model = cls(cls.config_class.of(config))  # pyright: ignore
+        load_weights(model, path)  # pyright: ignore
         return model
 
 
@@ -53,8 +58,32 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in state.items() if first.setdefault(id(t), name) == name}
 
 
+def write_weights(module: nn.Module, path: str | Path) -> None:
+    """Write a module's tensors as safetensors, packed ones in torch's own dtypes for them."""
+    tensors = native_tensors(module, own_tensors(module))
+    header = header_of(module)
+    metadata = {"format": "pt"} | ({} if header is None else {HEADER: header})
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata)
+
+
+def building(path: str | Path) -> AbstractContextManager[Any]:
+    """Where to build the module that a file's weights are for: packed ones need no storage yet."""
+    return nullcontext() if _header(Path(path)) is None else torch.device("meta")
+
+
+def _header(path: Path) -> str | None:
+    """What a file says of packed weights; None where it holds none, or is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(HEADER)
+    except (SafetensorError, OSError):
+        return None  # said where it is read
+
+
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Fill a module from a safetensors file that holds exactly its tensors.
+
+    A file of packed weights packs the module, and sets the precision of its leaves.
 
     Raises:
         ValueError: for a missing or broken file, a name too many or too few, a wrong shape.
@@ -65,6 +94,9 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         given = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    header = _header(Path(path))
+    if header is not None:
+        make_room(module, header, given)
     own = own_tensors(module)
     for what, names in (("lacks", own.keys() - given), ("has unknown", given.keys() - own)):
         if names:
@@ -74,9 +106,27 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
             raise ValueError(
                 f"{path}: {name} must be {list(tensor.shape)}, got {list(given[name].shape)}"
             )
+    if header is not None:
+        return _take(module, given)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(given[name])
+
+
+def _take(module: nn.Module, given: dict[str, Tensor]) -> None:
+    """Put tensors, as they are, in the place of a module's own; tied ones stay tied."""
+    taken: dict[int, Tensor] = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        for held in (part._parameters, part._buffers):
+            for key, tensor in held.items():
+                name = f"{prefix}.{key}".lstrip(".")
+                if tensor is None or (name not in given and id(tensor) not in taken):
+                    continue  # not saved
+                if id(tensor) not in taken:
+                    new = given[name]
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    taken[id(tensor)] = nn.Parameter(new, requires_grad=False) if is_weight else new
+                held[key] = taken[id(tensor)]  # pyright: ignore[reportArgumentType]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Packed:
     tensor_scale: Tensor | None  # float32, as `quantize` returns it
     storage: Storage
     width: int  # numbers of a row
+    spec: QSpec | None = None  # what they were quantised by; None: who knows
 
     @property
     def shape(self) -> torch.Size:
@@ -47,14 +48,14 @@ class Packed:
         scales = self.scales if self.storage.scale == "none" else self.scales[ids]
         above = self.tensor_scale
         above = above if above is None or above.dim() == 0 else above[ids]
-        return Packed(self.codes[ids], scales, above, self.storage, self.width)
+        return Packed(self.codes[ids], scales, above, self.storage, self.width, self.spec)
 
     def __getitem__(self, index: int) -> "Packed":
         """One matrix of a stack."""
         scales = self.scales if self.storage.scale == "none" else self.scales[index]
         above = self.tensor_scale
         above = above if above is None or above.dim() == 0 else above[index]
-        return Packed(self.codes[index], scales, above, self.storage, self.width)
+        return Packed(self.codes[index], scales, above, self.storage, self.width, self.spec)
 
 
 def pack(
@@ -109,7 +110,7 @@ def pack(
         if storage.scale != "fp32":
             stored = encode_scales(stored, storage.scale)
     codes = pack_codes(encode_elements(elements, storage.grid), storage.bits)
-    return Packed(codes, stored, above, storage, elements.shape[-1])
+    return Packed(codes, stored, above, storage, elements.shape[-1], spec)
 
 
 class PackedWeight(nn.Module):
@@ -123,9 +124,9 @@ class PackedWeight(nn.Module):
     scales: Tensor
     tensor_scale: Tensor | None
 
-    def __init__(self, packed: Packed, spec: QSpec):
+    def __init__(self, packed: Packed):
         super().__init__()
-        self.spec, self.storage, self.width = spec, packed.storage, packed.width
+        self.spec, self.storage, self.width = packed.spec, packed.storage, packed.width
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales if packed.scales.numel() else None)
         self.register_buffer("tensor_scale", packed.tensor_scale)
@@ -134,7 +135,7 @@ class PackedWeight(nn.Module):
     def packed(self) -> Packed:
         """The same buffers as a value."""
         scales = self.codes.new_empty(0) if self.scales is None else self.scales
-        return Packed(self.codes, scales, self.tensor_scale, self.storage, self.width)
+        return Packed(self.codes, scales, self.tensor_scale, self.storage, self.width, self.spec)
 
     @property
     def shape(self) -> torch.Size:
@@ -171,7 +172,7 @@ class PackedWeight(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{list(self.shape)}, {self.spec.to_plain()}"
+        return f"{list(self.shape)}, {None if self.spec is None else self.spec.to_plain()}"
 
 
 def native_view(name: str, stored: Tensor, storage: Storage) -> Tensor:
