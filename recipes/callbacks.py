@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
+from layers.precision.random import mixed as key_of
 from recipes.curve import Curve
 from recipes.record import replacing
 
@@ -44,14 +45,8 @@ class SeedEachBatch(Callback):
 
 
 def mixed(*numbers: int) -> int:
-    """A 32-bit seed from several numbers, unlike that of their neighbours (splitmix64's mixer)."""
-    state, bits = 0, 2**64 - 1
-    for number in numbers:
-        state = (state + (number + 1) * 0x9E3779B97F4A7C15) & bits
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & bits
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & bits
-        state ^= state >> 31
-    return state >> 32
+    """A 32-bit seed from several numbers, unlike that of their neighbours."""
+    return key_of(*numbers) >> 32 & 0xFFFFFFFF
 
 
 class SaveLast(Checkpoint):

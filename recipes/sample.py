@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from layers.names import check_positive
+from layers.precision import seed_rounding
 from recipes import load
 from recipes.text import tokenizer
 from zoo.generate import generate
 from zoo.model import build
+from zoo.precision import rounding_seed
 from zoo.pretrained import load_weights
 
 
@@ -27,8 +29,10 @@ def continue_text(
     if not prompt:
         raise ValueError("prompt is empty: give at least one character")
     recipe = load.load(run / "recipe.yaml")
-    model = build(recipe)
+    n_steps = recipe.trainer.max_steps
+    model = build(recipe, step=n_steps - 1, max_steps=n_steps)  # in the formats of its last step
     load_weights(model, run / "weights.safetensors")
+    seed_rounding(model, rounding_seed(recipe.seed, recipe.precision), n_steps)
     encoder = tokenizer(recipe.data.tokenizer)
     ids = encoder.encode(prompt)[None]
     new = generate(

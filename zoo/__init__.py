@@ -1,5 +1,6 @@
 """Pick an FFN variant by name, cost it, build it, set its precision, compose a language model."""
 
+from layers.precision import seed_rounding, update_delayed_scales
 from zoo.accounting import module_cost
 from zoo.budget import Match, match
 from zoo.describe import Card, describe
@@ -21,5 +22,7 @@ __all__ = [
     "names",
     "precisions",
     "resolve",
+    "seed_rounding",
     "set_precision",
+    "update_delayed_scales",
 ]

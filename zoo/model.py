@@ -218,13 +218,16 @@ def model_cost(config: ModelConfig, seq_len: int, *, causal: bool = True) -> Cos
     return total([*parts, norm, Cost((head,))])
 
 
-def build(config: Any, precision: Any = None) -> LanguageModel:
+def build(
+    config: Any, precision: Any = None, *, step: int = 0, max_steps: int | None = None
+) -> LanguageModel:
     """A language model from a recipe or a model config, with the recipe's precision.
 
     Args:
         config: a `ModelConfig`, a recipe (anything with `model` and `precision`), or the same as
             plain mappings.
         precision: in place of the recipe's; None without a recipe computes in float32.
+        step, max_steps: the step of training whose formats it gets, as `set_precision` takes them.
     """
     if isinstance(config, Mapping):
         recipe = config if "model" in config else {"model": config}
@@ -239,5 +242,5 @@ def build(config: Any, precision: Any = None) -> LanguageModel:
     model = LanguageModel(config)
     precision = of_recipe if precision is None else precision
     if precision is not None:
-        set_precision(model, precision)
+        set_precision(model, precision, step=step, max_steps=max_steps)
     return model

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from layers.precision import PRESETS, CoverageReport, PrecisionPolicy, apply_policy
+from layers.precision.random import mixed
 from zoo.accounting import module_cost
 
 
@@ -18,6 +19,9 @@ def set_precision(
     module: nn.Module,
     precision: str | Mapping[str, Any] | PrecisionPolicy,
     where: str = "*",
+    *,
+    step: int = 0,
+    max_steps: int | None = None,
 ) -> CoverageReport:
     """Give every leaf of a module whose name matches the glob `where` its precision.
 
@@ -27,6 +31,9 @@ def set_precision(
         module: a variant, a language model, or anything that holds leaves of `layers.linear`.
         precision: a preset's name, a mapping as in a recipe, or a policy.
         where: which leaves, by qualified name, e.g. "blocks.*.ffn.*".
+        step: the step of training, counted from 0, whose formats the policy's schedule is to give;
+            a finished run's last is max_steps - 1.
+        max_steps: of that training; only needed where the schedule has a share of it.
 
     Returns:
         Every parameter with its format, and shares of weights and of FLOPs.
@@ -34,14 +41,32 @@ def set_precision(
     Raises:
         ValueError: when nothing matches, or a strict policy misses a weight.
     """
+    policy = policy_of(precision)
+    now = _active(policy, step, max_steps)
     known = {item.name: item for item in module_cost(module)}
-    return apply_policy(
-        module,
-        policy_of(precision),
-        where=where,
-        roles={name: item.role for name, item in known.items()},
-        flops={name: item.flops for name, item in known.items()} or None,
-    )
+    roles = {name: item.role for name, item in known.items()}
+    flops = {name: item.flops for name, item in known.items()} or None
+    for i in range(len(policy.schedule)):  # for their buffers: a state_dict fits at every step
+        apply_policy(module, policy, where=where, active=(i,), roles=roles)
+    return apply_policy(module, policy, where=where, active=now, roles=roles, flops=flops)
+
+
+def _active(policy: PrecisionPolicy, step: int, max_steps: int | None) -> tuple[int, ...]:
+    """The switches that hold at a step. Raises ValueError where that depends on max_steps."""
+    if step < 0 or (max_steps is not None and step >= max_steps):
+        allowed = "0 or more" if max_steps is None else f"in [0, max_steps={max_steps})"
+        raise ValueError(f"step must be {allowed}, got {step}")
+    if max_steps is None and step and any(isinstance(s.at, float) for s in policy.schedule):
+        raise ValueError(
+            f"precision {policy.name!r} switches at a share of all steps: give max_steps with "
+            f"step={step}"
+        )
+    return policy.active(step, max_steps or 1)  # at step 0 only a share of 0 holds, whatever max
+
+
+def rounding_seed(seed: int, precision: str | Mapping[str, Any] | PrecisionPolicy) -> int:
+    """The seed for `zoo.seed_rounding` of a run, from its own seed and the policy's."""
+    return mixed(seed, policy_of(precision).seed)
 
 
 def policy_of(precision: str | Mapping[str, Any] | PrecisionPolicy) -> PrecisionPolicy:
