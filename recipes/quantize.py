@@ -30,7 +30,7 @@ from layers.posttraining.outcome import (
     put,
     weight_of,
 )
-from layers.precision import Leaf, QSpec, leaves
+from layers.precision import Leaf, QSpec, leaves, seed_rounding
 from layers.precision.policy import HIGH_ROLES
 from recipes import load, record
 from recipes.curve import final_evaluation
@@ -39,7 +39,7 @@ from recipes.metrics import Evaluation
 from recipes.runtime import settings
 from recipes.schema import Recipe
 from recipes.task import LanguageModelTask
-from zoo.precision import policy_of
+from zoo.precision import policy_of, rounding_seed, set_precision
 from zoo.pretrained import load_weights, own_tensors
 
 HIGH_BITS = 16  # that a weight which stays high counts in bytes
@@ -81,8 +81,7 @@ def quantize_run(
         raise ValueError(f"{out} is already there: give another out=, or delete it")
     with settings(recipe.trainer):
         data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
-        task = LanguageModelTask(recipe, data.domains)
-        load_weights(task.model, run / "weights.safetensors")
+        task = _as_trained(run, recipe, data.domains)
         before = final_evaluation(task, data)
         rows = _calibrate(task, data, calibration_batches, calibration_rows)
         outcomes = _outcomes(task, rows, row, chosen)
@@ -105,11 +104,7 @@ def quantize_run(
 
 def read_model(run: Path) -> LanguageModelTask:
     """The model of a run directory, quantised or not, as a task without data."""
-    recipe = load.load(run / "recipe.yaml")
-    task = LanguageModelTask(recipe, ())
-    attach_corrections(task.model, load_file(run / "weights.safetensors"))
-    load_weights(task.model, run / "weights.safetensors")
-    return task
+    return _as_trained(run, load.load(run / "recipe.yaml"), ())
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -123,8 +118,7 @@ def show(result: Mapping[str, Any]) -> None:
     bpb, size = result["bpb"], result["bytes"]
     print(
         f"{result['method']}: {bpb['before']:.4f} -> {bpb['after']:.4f} bits/byte, "
-        f"{size['before']:,} -> {size['after']:,} bytes of weights",
-        flush=True,
+        f"{size['before']:,} -> {size['after']:,} bytes of weights"
     )
 
 
@@ -137,6 +131,16 @@ def _recipe(run: Path) -> Recipe:
     return load.load(run / "recipe.yaml")
 
 
+def _as_trained(run: Path, recipe: Recipe, domains: tuple[str, ...]) -> LanguageModelTask:
+    """The run's model with its weights, in the formats of its last step."""
+    task, n_steps = LanguageModelTask(recipe, domains), recipe.trainer.max_steps
+    set_precision(task.model, recipe.precision, step=n_steps - 1, max_steps=n_steps)
+    attach_corrections(task.model, load_file(run / "weights.safetensors"))
+    load_weights(task.model, run / "weights.safetensors")
+    seed_rounding(task.model, rounding_seed(recipe.seed, recipe.precision), n_steps)
+    return task
+
+
 def _targets(task: LanguageModelTask) -> dict[str, Leaf]:
     """The leaves to quantise, by name."""
     return {n: leaf for n, leaf in leaves(task.model).items() if leaf.role not in HIGH_ROLES}
@@ -146,12 +150,8 @@ def _calibrate(
     task: LanguageModelTask, data: TextData, n_batches: int, n_rows: int
 ) -> dict[str, list[Tensor]]:
     """Inputs of every target over the first training batches."""
-    training = task.model.training
-    task.model.eval()
-    batches = islice(data.train_dataloader(), n_batches)
-    found = collect(lambda b: task.model(b.tokens), batches, _targets(task), rows=n_rows)
-    task.model.train(training)
-    return found
+    batches, run = islice(data.train_dataloader(), n_batches), task.model.eval()
+    return collect(lambda batch: run(batch.tokens), batches, _targets(task), rows=n_rows)
 
 
 @torch.no_grad()
@@ -199,23 +199,22 @@ def _leaf_rows(
 
 def _bytes(task: LanguageModelTask, outcomes: Mapping[str, Outcome]) -> dict[str, int]:
     """All weights, those that stay high at 16 bits."""
-    every = sum(p.numel() for p in task.model.parameters())
-    low = sum(o.weight.numel() for o in outcomes.values())
-    packed = sum(o.weight.numel() * o.bits for o in outcomes.values())
-    after = (every - low) * HIGH_BITS + packed
-    return {"before": every * HIGH_BITS // 8, "after": round(after / 8)}
+    before = sum(p.numel() for p in task.model.parameters()) * HIGH_BITS
+    saved = sum(o.weight.numel() * (HIGH_BITS - o.bits) for o in outcomes.values())
+    return {"before": before // 8, "after": round((before - saved) / 8)}
 
 
 def _write(
     run: Path, out: Path, made: LanguageModelTask, result: dict[str, Any], after: Evaluation
 ) -> None:
     """The directory, whole or not at all."""
-    tensors = {name: t.detach().contiguous() for name, t in own_tensors(made.model).items()}
+    tensors = own_tensors(made.model)
     with _replacing(out) as part:
+        weights = part / "weights.safetensors"
         record.write_text(part / "recipe.yaml", load.to_yaml(made.recipe))
         record.write_json(part / "quantize.json", result)
-        save_file(tensors, part / "weights.safetensors")
-        (part / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, weights)
+        weights.chmod(0o644)  # as the other files; the library writes 0600
         trained = record.read_result(run)
         if trained is not None:
             record.write_json(part / "result.json", _run_result(trained, made, after))

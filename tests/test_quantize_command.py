@@ -1,6 +1,7 @@
 """A finished run quantised: what the new directory holds, and that its model was measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,20 @@ def test_text_goes_on_from_a_quantised_run(run, tmp_path, quick):
     assert continue_text(tmp_path / "q", "The ", **say) == continue_text(
         tmp_path / "q", "The ", **say
     )
+
+
+def test_a_run_in_low_precision_is_measured_as_it_was_trained(tmp_path, quick):
+    """Its last step's formats before, the method's after; high layers and inputs stay so."""
+    policy = {"base": "nvfp4", "schedule": [{"at": 1, "use": "mxfp4", "name": "*.ffn.down"}]}
+    recipe = tiny_recipe({"name": "swiglu", "d_ff": 32}, "trainer.max_steps=2")
+    train(replace(recipe, precision=policy), tmp_path / "run")
+    formats = {n: x.precision.label for n, x in leaves(read_model(tmp_path / "run").model).items()}
+    assert formats["blocks.0.ffn.down"] == "mxfp4"
+    assert formats["blocks.0.ffn.gate_up"] == "nvfp4"
+    result = quantize_run(tmp_path / "run", method="llm_fp4", activations="bf16", **FAST)
+    assert result["bpb"]["before"] != result["bpb"]["after"]
+    made = leaves(read_model(tmp_path / "run-llm_fp4-fp4").model)
+    assert {x.precision.fprop_w.format for n, x in made.items() if "blocks" in n} == {"fp32"}
 
 
 def test_the_same_command_gives_the_same_weights(run, tmp_path, quick):
