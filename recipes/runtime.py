@@ -1,10 +1,11 @@
 """Settings of the process that a run needs, put back when it ends."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.backends.mkldnn
@@ -12,6 +13,9 @@ import torch.utils.deterministic
 
 from recipes.record import cores
 from recipes.schema import TrainerConfig
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 # Settings objects that torch's stubs do not know
 MATMUL: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
@@ -81,3 +85,18 @@ def use_fast_exact_matmul() -> bool:
         MATMUL.fp32_precision = before
         return False
     return True
+
+
+@contextmanager
+def interruptible(trainer: "pl.Trainer") -> Iterator[None]:
+    """Lightning ends the process on Ctrl-C and deafens it to the next; give both back."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, handler)

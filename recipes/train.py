@@ -1,9 +1,6 @@
 """Train a recipe into a run directory; go on where a killed run stopped."""
 
-import contextlib
 import math
-import signal
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +19,7 @@ from recipes.data import TextData
 from recipes.names import ffn_label, precision_label
 from recipes.precision_callbacks import precision_callbacks
 from recipes.report.records import SCHEMA, Final, Run, Sample, Speed
-from recipes.runtime import settings
+from recipes.runtime import interruptible, settings
 from recipes.schema import Recipe
 from recipes.stability import diverged_at, spikes
 from recipes.task import LanguageModelTask
@@ -109,7 +106,7 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
         Progress(run_id, curve),
         SaveLast(last, recipe.trainer.checkpoint_every_steps, curve, fingerprint),
     ])  # fmt: skip
-    with _interruptible(trainer):
+    with interruptible(trainer):
         try:
             trainer.fit(task, data, ckpt_path=str(last) if resumed else None, weights_only=True)
         except Diverged as error:
@@ -165,21 +162,6 @@ def lean_trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-@contextlib.contextmanager
-def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Lightning ends the process on Ctrl-C and deafens it to the next; give both back."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, handler)
 
 
 def _finish(
