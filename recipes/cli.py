@@ -49,7 +49,7 @@ def list_(
 
 @app.command()
 def describe(name: Annotated[str, typer.Argument()], as_json: AsJson = False) -> None:
-    """The card of a variant or router: paper, equation, options, cost."""
+    """The card of a variant or router, the policy of a precision, the options of a format."""
     from recipes import show
 
     show.card(name, as_json)

@@ -13,6 +13,7 @@ from rich.table import Table
 import zoo
 from layers.names import unknown
 from recipes.costing import BYTES_AT_TOKENS
+from recipes.load import to_yaml
 
 if TYPE_CHECKING:
     from recipes.planning import Plan
@@ -34,15 +35,24 @@ def catalogue(pattern: str, as_json: bool) -> None:
             f"{kind}s": [{"name": c.name, "summary": c.summary, "paper": c.paper} for c in cards]
             for kind, cards in found.items()
         }
-        _json({**plain, "precisions": zoo.precisions()})
+        _json({**plain, "precisions": zoo.precisions(), "formats": zoo.formats()})
         return
     rows = [[c.name, kind, c.summary, c.paper] for kind, cards in found.items() for c in cards]
     _table(["name", "kind", "summary", "paper"], rows)
     print(f"precisions: {', '.join(zoo.precisions())}")
+    print(f"formats: {', '.join(zoo.formats())}")
 
 
 def card(name: str, as_json: bool) -> None:
-    """The card of one row."""
+    """The card of one row: a variant, a router, a precision preset or a number format."""
+    plain: dict[str, Any] = {}
+    if name in zoo.precisions():
+        plain["precision"] = zoo.policy_of(name).to_plain()
+    if name in zoo.formats():
+        plain["format"] = zoo.describe_format(name)
+    if plain:
+        _json(plain) if as_json else print(to_yaml(plain), end="")
+        return
     found = zoo.describe(name)
     if as_json:
         plain = asdict(found)

@@ -5,7 +5,7 @@ from zoo.accounting import module_cost
 from zoo.budget import Match, match
 from zoo.describe import Card, describe
 from zoo.model import LanguageModel, ModelConfig, build
-from zoo.precision import precisions, set_precision
+from zoo.precision import describe_format, formats, policy_of, precisions, set_precision
 from zoo.registry import cost, create, names, resolve
 
 __all__ = [
@@ -17,9 +17,12 @@ __all__ = [
     "cost",
     "create",
     "describe",
+    "describe_format",
+    "formats",
     "match",
     "module_cost",
     "names",
+    "policy_of",
     "precisions",
     "resolve",
     "seed_rounding",

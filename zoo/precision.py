@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from layers.precision import PRESETS, CoverageReport, PrecisionPolicy, apply_policy
+from layers.precision import FORMATS, PRESETS, CoverageReport, PrecisionPolicy, apply_policy
+from layers.precision.formats import format_of
 from layers.precision.random import mixed
 from zoo.accounting import module_cost
 
@@ -13,6 +14,29 @@ from zoo.accounting import module_cost
 def precisions() -> list[str]:
     """Names of the precision presets."""
     return list(PRESETS)
+
+
+def formats() -> list[str]:
+    """Names of the number formats that a policy's operands may stand in."""
+    return [row.name for row in FORMATS]
+
+
+def describe_format(name: str) -> dict[str, Any]:
+    """What a format is and which options an operand in it may take, as plain values."""
+    row = format_of(name)
+    grid = None if row.grid is None else row.grid.name
+    return {
+        "name": row.name,
+        "summary": row.summary,
+        "paper": row.paper,
+        "bits": row.bits,
+        "elements": grid,
+        "block": row.block,
+        "scale_rule": list(row.scale_rules),
+        "tile": list(row.tiles),
+        "scope": list(row.scopes),
+        "rounding": list(row.roundings),
+    }
 
 
 def set_precision(
@@ -46,8 +70,9 @@ def set_precision(
     known = {item.name: item for item in module_cost(module)}
     roles = {name: item.role for name, item in known.items()}
     flops = {name: item.flops for name, item in known.items()} or None
-    for i in range(len(policy.schedule)):  # for their buffers: a state_dict fits at every step
-        apply_policy(module, policy, where=where, active=(i,), roles=roles)
+    if policy.schedule:  # every buffer of it, so that a state_dict fits at every step
+        for active in ((), *((i,) for i in range(len(policy.schedule)))):
+            apply_policy(module, policy, where=where, active=active, roles=roles)
     return apply_policy(module, policy, where=where, active=now, roles=roles, flops=flops)
 
 
