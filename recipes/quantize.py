@@ -1,21 +1,13 @@
-"""Quantise a finished run: a new run directory, and what it cost in bits per byte.
+"""Quantise a finished run after training, and say what that cost in bits per byte."""
 
-quantize.json        method, options, what became of each leaf, bits per byte, bytes
-recipe.yaml          the run's, with the precision that the quantised model computes in
-weights.safetensors  weights already rounded, as float32; scales, shifts, low-rank factors
-result.json          the run's, with the quantised model's figures and no curve
-"""
-
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from layers.names import check_positive
@@ -35,12 +27,12 @@ from layers.precision.policy import HIGH_ROLES
 from recipes import load, record
 from recipes.curve import final_evaluation
 from recipes.data import TextData
-from recipes.metrics import Evaluation
+from recipes.quantized_run import write_quantized
 from recipes.runtime import settings
 from recipes.schema import Recipe
 from recipes.task import LanguageModelTask
 from zoo.precision import policy_of, rounding_seed, set_precision
-from zoo.pretrained import load_weights, own_tensors
+from zoo.pretrained import load_weights
 
 HIGH_BITS = 16  # that a weight which stays high counts in bytes
 
@@ -98,7 +90,8 @@ def quantize_run(
             "versions": record.versions(),
             "commit": record.commit(),
         }
-        _write(run, out, made, result, after)
+        bits = {f"{name}.weight": outcome.bits for name, outcome in outcomes.items()}
+        write_quantized(run, out, made, result, after, bits)
     return result
 
 
@@ -202,49 +195,3 @@ def _bytes(task: LanguageModelTask, outcomes: Mapping[str, Outcome]) -> dict[str
     before = sum(p.numel() for p in task.model.parameters()) * HIGH_BITS
     saved = sum(o.weight.numel() * (HIGH_BITS - o.bits) for o in outcomes.values())
     return {"before": before // 8, "after": round((before - saved) / 8)}
-
-
-def _write(
-    run: Path, out: Path, made: LanguageModelTask, result: dict[str, Any], after: Evaluation
-) -> None:
-    """The directory, whole or not at all."""
-    tensors = own_tensors(made.model)
-    with _replacing(out) as part:
-        weights = part / "weights.safetensors"
-        record.write_text(part / "recipe.yaml", load.to_yaml(made.recipe))
-        record.write_json(part / "quantize.json", result)
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, weights)
-        weights.chmod(0o644)  # as the other files; the library writes 0600
-        trained = record.read_result(run)
-        if trained is not None:
-            record.write_json(part / "result.json", _run_result(trained, made, after))
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A directory to fill in place of `out`; it takes the name when the block ends well."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _run_result(
-    trained: dict[str, Any], made: LanguageModelTask, after: Evaluation
-) -> dict[str, Any]:
-    """result.json, so that a report lays the quantised model beside the run."""
-    precision = f"{trained['precision']}+{policy_of(made.recipe.precision).name}"
-    return trained | {
-        "id": f"{trained['variant']}-{precision}-s{trained['seed']}",
-        "precision": precision,
-        "recipe": load.to_plain(made.recipe),
-        "final": asdict(after.bpb.final()),
-        "load": [asdict(layer) for layer in after.load.loads()],
-        "losses": after.losses,
-        "curve": [],
-        "sample": None,
-    }

@@ -79,6 +79,8 @@ def test_the_directory_is_a_run_whose_model_was_measured(case, run, tmp_path, qu
     both = read_results(read_runs([run, out]))  # as a report would
     assert both.runs[1].final.bpb == result["bpb"]["after"]
     assert both.runs[1].precision.startswith("bf16+")
+    read = [r.cost.weight_bytes_per_token["1"] for r in both.runs]
+    assert 0.2 * read[0] < read[1] < 0.9 * read[0]
     show(result)
     assert "bits/byte" in capsys.readouterr().out
 
@@ -148,7 +150,7 @@ def test_the_same_command_gives_the_same_weights(run, tmp_path, quick):
 
 
 def test_a_failure_leaves_nothing(run, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr("recipes.quantize.save_file", lambda *_: 1 / 0)
+    monkeypatch.setattr("recipes.quantized_run.save_file", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize_run(run, method="rtn", format="mxfp4", out=tmp_path / "q", **FAST)
     assert not list(tmp_path.iterdir())
