@@ -1,7 +1,7 @@
 """Quantise a finished run after training, and say what that cost in bits per byte."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,22 @@ from zoo.pretrained import load_weights
 HIGH_BITS = 16  # that a weight which stays high counts in bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Calibration:
+    """Types of what does not belong to a method."""
+
+    calibration_batches: int = 4
+    calibration_rows: int = 512
+
+    def __post_init__(self) -> None:
+        check_positive(
+            calibration_batches=self.calibration_batches, calibration_rows=self.calibration_rows
+        )
+
+
 def quantize_run(
     run: Path | str,
+    /,
     *,
     method: str = "rtn",
     out: Path | str | None = None,
@@ -63,12 +77,13 @@ def quantize_run(
         ValueError: no finished run there, one that is quantised already, an unknown method,
             format or option, a directory in the way.
     """
-    run, row = Path(run), method_of(method)
+    run, row = Path(run).resolve(), method_of(method)
     chosen = load.merge(row.options, {}, options, what=f"{method} option")
-    check_positive(calibration_batches=calibration_batches, calibration_rows=calibration_rows)
+    said = {"calibration_batches": calibration_batches, "calibration_rows": calibration_rows}
+    load.merge(_Calibration, {}, said, what="quantize")
     recipe = _recipe(run)
     label = f"{method}-{QSpec.of(chosen.format).format}"
-    out = Path(out) if out else run.with_name(f"{run.name}-{label}")
+    out = Path(str(out)) if out else run.with_name(f"{run.name}-{label}")
     if out.exists():
         raise ValueError(f"{out} is already there: give another out=, or delete it")
     with settings(recipe.trainer):

@@ -177,6 +177,10 @@ def test_wrong_commands_are_one_line(run, tmp_path, quick):
         quantize_run(run, method="zeroquant_fp", format="fp4")
     with refused("calibration_rows must be positive"):
         quantize_run(run, format="mxfp4", calibration_rows=0)
+    with refused("calibration_rows must be int, got 'many'"):
+        quantize_run(run, format="mxfp4", calibration_rows="many")
+    with refused("a format is a name or a mapping of its options, got 4"):
+        quantize_run(run, format=4)
     (tmp_path / "there").mkdir()
     with refused("is already there"):
         quantize_run(run, format="mxfp4", out=tmp_path / "there")

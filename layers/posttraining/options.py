@@ -29,12 +29,12 @@ class Rtn:
     @property
     def weight_spec(self) -> QSpec:
         """Of the weights."""
-        return QSpec.of(self.format)
+        return _spec(self.format)
 
     @property
     def input_spec(self) -> QSpec:
         """Of the inputs."""
-        return self.weight_spec if self.activations is None else QSpec.of(self.activations)
+        return self.weight_spec if self.activations is None else _spec(self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class ZeroQuantFp:
     @property
     def input_spec(self) -> QSpec:
         """Of the inputs: a scale for each token unless said otherwise."""
-        return QSpec.of(self.activations)
+        return _spec(self.activations)
 
 
 def named(name: str) -> tuple[SmallFloat, ...]:
@@ -124,3 +124,9 @@ def has_row(fmt: SmallFloat) -> bool:
     )
     full = row.grid.largest * 2.0**row.grid.bias == fmt.standard_largest * 2.0**fmt.standard_bias
     return same and full
+
+
+def _spec(value: Any) -> QSpec:
+    if not isinstance(value, str | dict):
+        raise ValueError(f"a format is a name or a mapping of its options, got {value!r}")
+    return QSpec.of(value)
