@@ -1,9 +1,8 @@
 """From files and `key=value` to a checked recipe: dataclasses < one YAML < overrides."""
 
-import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from layers.names import check_positive
+from recipes.keys import check_keys, one_line, type_error
 from recipes.optim import check_optim
 from recipes.schema import Recipe
 from recipes.text import corpus_row, tokenizer_row
@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {_one_line(error)}") from None
+        raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from None
     if not isinstance(plain, dict):
         raise ValueError(f"{path} must hold a mapping of keys, got a {type(plain).__name__}")
     return typing.cast("dict[str, Any]", plain)
@@ -77,7 +77,7 @@ def parse(overrides: Overrides) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"cannot read {' '.join(overrides)}: {_one_line(error)}") from None
+        raise ValueError(f"cannot read {' '.join(overrides)}: {one_line(error)}") from None
     return typing.cast("dict[str, Any]", plain)
 
 
@@ -92,7 +92,7 @@ def merge(schema: type[T], plain: Mapping[str, Any], overrides: Overrides, *, wh
     except MissingMandatoryValue as error:
         raise ValueError(f"{what}: {error.full_key} must be given") from None
     except OmegaConfBaseException as error:
-        raise _type_error(schema, error, flatten(both), what) from None
+        raise type_error(schema, error, flatten(both), what) from None
 
 
 def merged(plain: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,76 +169,8 @@ def check(recipe: Recipe) -> None:
         )
     recipe.model.layers()
     policy_of(recipe.precision)
-
-
-def check_keys(
-    schema: type, plain: Any, *, what: str, path: str = "", root: type | None = None
-) -> None:
-    """Raise for the first key that the dataclass, or one inside it, does not have."""
-    if not isinstance(plain, Mapping):
-        return
-    root = root or schema
-    hints = typing.get_type_hints(schema)
-    names = [f.name for f in dataclasses.fields(schema)]
-    for key, value in plain.items():
-        here = f"{path}.{key}" if path else str(key)
-        if key not in names:
-            raise ValueError(_unknown_key(here, names, root, what))
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise ValueError(
-                    f"{what}: {here} must be a mapping, got {value!r}. "
-                    f"Known: {', '.join(f.name for f in dataclasses.fields(hints[key]))}"
-                )
-            check_keys(hints[key], value, what=what, path=here, root=root)
-
-
-def _unknown_key(here: str, siblings: Iterable[str], root: type, what: str) -> str:
-    """One line: the key, the nearest right one beside it or elsewhere, and what is known there."""
-    section, _, leaf = here.rpartition(".")
-    everywhere = list(_paths(root))
-    elsewhere = [p for p in everywhere if p.rpartition(".")[2] == leaf]
-    prefix = f"{section}." if section else ""
-    near = [f"{prefix}{n}" for n in difflib.get_close_matches(leaf, list(siblings), n=1)]
-    best = (near or elsewhere or difflib.get_close_matches(here, everywhere, n=1))[:1]
-    hint = f" Did you mean {best[0]!r}?" if best else ""
-    place = f" in {section}" if section else ""
-    return f"unknown {what} key {here!r}.{hint} Known{place}: {', '.join(siblings)}"
-
-
-def _paths(schema: type, prefix: str = "") -> Iterable[str]:
-    """Every dotted path that the dataclass and those inside it name."""
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        yield f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _paths(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
-
-
-def _type_error(
-    schema: type, error: OmegaConfBaseException, given: dict[str, Any], what: str
-) -> ValueError:
-    """One line from what OmegaConf says in several, or without the path: try key by key."""
-    for path, value in given.items():
-        alone = OmegaConf.create()
-        OmegaConf.update(alone, path, value, force_add=True)
-        try:
-            OmegaConf.merge(schema, alone)
-        except OmegaConfBaseException:
-            return ValueError(f"{what}: {path} must be {_type_name(schema, path)}, got {value!r}")
-    return ValueError(f"{what}: {_one_line(error)}")
-
-
-def _type_name(schema: type, path: str) -> str:
-    """How the dataclass annotates a dotted path, as a reader would say it."""
-    hint: Any = schema
-    for name in path.replace("[", ".").replace("]", "").split("."):
-        if not dataclasses.is_dataclass(hint):
-            break
-        hint = typing.get_type_hints(typing.cast(type, hint)).get(name, Any)
-    if typing.get_origin(hint) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-    return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+    if recipe.probes and trainer.compile:
+        raise ValueError("probes work in eager mode only: leave out probes or trainer.compile")
 
 
 def _listed(plain: Any) -> Any:
@@ -246,7 +178,3 @@ def _listed(plain: Any) -> Any:
     if isinstance(plain, dict):
         return {str(key): _listed(value) for key, value in plain.items()}
     return [_listed(value) for value in plain] if isinstance(plain, list | tuple) else plain
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

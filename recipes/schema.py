@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from layers.names import check_choice, check_positive
+from layers.precision.operands import OPERANDS
+from layers.selection import select_layers
 from zoo.model import ModelConfig
 
 
@@ -50,6 +53,24 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbesConfig:
+    """What is measured of the formats' errors; leaves are chosen as by a rule of a precision."""
+
+    every_steps: int = 50  # optimizer steps; of each such step the first micro-batch
+    name: str = "*"  # glob over the leaves' qualified names, e.g. "blocks.*.ffn.*"
+    roles: tuple[str, ...] = ()  # any, when empty
+    layers: str | None = None  # as in layers.selection: "0", "-1:", "last 15%"
+    operands: tuple[str, ...] = OPERANDS
+
+    def __post_init__(self) -> None:
+        check_positive(**{"probes.every_steps": self.every_steps})
+        for operand in self.operands:
+            check_choice("operand in probes.operands", operand, OPERANDS)
+        if self.layers is not None:
+            select_layers(self.layers, 10_000)  # the grammar; how many there are shows later
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run, whole."""
 
@@ -60,3 +81,4 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    probes: ProbesConfig | None = None  # off
