@@ -1,6 +1,6 @@
 """From a name to a checked config, from a config to a module."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -18,7 +18,8 @@ from zoo.entry import Entry
 from zoo.options import construct, field_names
 from zoo.precision import policy_of, set_precision
 
-ENTRY_POINTS = "moe_zoo.entries"  # other packages' rows: an Entry, or an iterable of them
+# other packages' rows: an Entry, or an iterable of them; `layers.precision.formats` reads theirs
+ENTRY_POINTS = "moe_zoo.entries"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ def _plugins() -> tuple[Entry, ...]:
     found: list[Entry] = []
     for point in entry_points(group=ENTRY_POINTS):
         loaded = point.load()
-        found.extend([loaded] if isinstance(loaded, Entry) else loaded)
+        rows = loaded if isinstance(loaded, Iterable) else (loaded,)
+        found.extend(row for row in rows if isinstance(row, Entry))
     return tuple(found)
 
 

@@ -1,7 +1,7 @@
 """Formats, policies, and how a policy reaches a module."""
 
 from layers.precision.apply import CoverageReport, Covered, apply_policy, leaves
-from layers.precision.formats import FORMATS
+from layers.precision.formats import FORMATS, Format, every_format, register_format
 from layers.precision.leaf import Leaf
 from layers.precision.operands import LeafPrecision
 from layers.precision.policy import PrecisionPolicy, Rule, Switch
@@ -15,6 +15,7 @@ __all__ = [
     "PRESETS",
     "CoverageReport",
     "Covered",
+    "Format",
     "Leaf",
     "LeafPrecision",
     "PrecisionPolicy",
@@ -22,9 +23,11 @@ __all__ = [
     "Rule",
     "Switch",
     "apply_policy",
+    "every_format",
     "fake_quantize",
     "leaves",
     "quantize",
+    "register_format",
     "seed_rounding",
     "update_delayed_scales",
 ]

@@ -1,108 +1,72 @@
-"""Number formats by name: a format is a row of `FORMATS`; its `encode` is the definition."""
+"""Number formats by name, and specs resolved against them.
 
-from collections.abc import Callable
+`FORMATS` are this package's rows. Other packages add theirs with `register_format`, or through the
+entry-point group that variants use, whose objects may be a `Format` or hold some. So look formats
+up with `format_of`, and list them with `every_format`.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from functools import cache
+from importlib.metadata import entry_points
 
 from layers.names import check_choice, unknown
-from layers.precision.encoding import Encoded, Upper
-from layers.precision.grids import E2M1, E2M3, E3M2, E4M3, E5M2, Grid
-from layers.precision.mx import MX_RULES, encode_mx
-from layers.precision.nvfp4 import encode_nvfp4, upper_nvfp4
-from layers.precision.scaled import SCALED_RULES, encode_scaled, upper_scaled
+from layers.precision.row import Format
+from layers.precision.rows import FORMATS
 from layers.precision.spec import QSpec
 
-Encoder = Callable[
-    [Tensor, tuple[int, ...], Grid, str, Tensor | None, Tensor | None], Encoded
-]  # blocks, axes inside a block, grid, rule, upper scale, noise
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Resolved",
+    "check_spec",
+    "every_format",
+    "format_of",
+    "register_format",
+    "resolve",
+    "storage_bits",
+]
+
+ENTRY_POINTS = "moe_zoo.entries"  # as zoo.registry reads it
+_table: dict[str, Format] = {row.name: row for row in FORMATS}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """One row: what a number format is and how tensors get there."""
+def register_format(row: Format) -> Format:
+    """Add a row for the rest of the process, and hand it back.
 
-    name: str
-    bits: float  # storage per number, block scales included
-    summary: str
-    paper: str
-    dtype: torch.dtype | None = None  # a format that is only a cast
-    grid: Grid | None = None  # of the elements
-    block: int = 1  # numbers that share a scale, along the contracted axis
-    scale_rules: tuple[str, ...] = ()  # the first is the default
-    tiles: tuple[str, ...] = ("1d",)  # 2d: block x block numbers share a scale
-    scopes: tuple[str, ...] = ()  # what one float32 scale spans; the first is the default
-    roundings: tuple[str, ...] = ("nearest", "stochastic")
-    exact_in_bf16: bool = True  # the decoded values, without a scale that spans more than a block
-    encode: Encoder | None = None
-    upper: Callable[[Tensor, Grid, str], Upper] | None = None  # from the largest magnitude
-    native: bool = False  # kernels.cpp has it
+    Do so where the package is imported, before a model that names it is compiled.
+
+    Raises:
+        ValueError: when there is a format of that name.
+    """
+    if row.name in _table:
+        raise ValueError(f"two formats are named {row.name!r}: rename one")
+    _table[row.name] = row
+    return row
 
 
-FLOAT_SCOPES = ("tensor", "row", "block", "static", "delayed")
+@cache
+def _read_entry_points() -> None:
+    for point in entry_points(group=ENTRY_POINTS):
+        loaded = point.load()
+        for row in loaded if isinstance(loaded, Iterable) else (loaded,):
+            if isinstance(row, Format):
+                register_format(row)
 
-# fmt: off
-FORMATS: tuple[Format, ...] = (
-    Format(
-        name="fp32", bits=32, dtype=torch.float32, roundings=("nearest",), exact_in_bf16=False,
-        summary="IEEE single precision", paper="IEEE 754",
-    ),
-    Format(
-        name="bf16", bits=16, dtype=torch.bfloat16, roundings=("nearest",),
-        summary="float32 with 8 significant bits", paper="arXiv:1905.12322",
-    ),
-    Format(
-        name="fp8_e4m3", bits=8, grid=E4M3, block=128, scale_rules=SCALED_RULES,
-        tiles=("1d", "2d"), scopes=FLOAT_SCOPES, encode=encode_scaled, upper=upper_scaled,
-        summary="E4M3 under float32 scales", paper="arXiv:2209.05433",
-    ),
-    Format(
-        name="fp8_e5m2", bits=8, grid=E5M2, block=128, scale_rules=SCALED_RULES,
-        tiles=("1d", "2d"), scopes=FLOAT_SCOPES, encode=encode_scaled, upper=upper_scaled,
-        summary="E5M2 under float32 scales", paper="arXiv:2209.05433",
-    ),
-    Format(
-        name="mxfp8_e4m3", bits=8.25, grid=E4M3, block=32, scale_rules=tuple(MX_RULES),
-        encode=encode_mx, native=True,
-        summary="E4M3, a power of two per 32", paper="OCP Microscaling Formats v1.0",
-    ),
-    Format(
-        name="mxfp8_e5m2", bits=8.25, grid=E5M2, block=32, scale_rules=tuple(MX_RULES),
-        encode=encode_mx, native=True,
-        summary="E5M2, a power of two per 32", paper="OCP Microscaling Formats v1.0",
-    ),
-    Format(
-        name="mxfp6_e2m3", bits=6.25, grid=E2M3, block=32, scale_rules=tuple(MX_RULES),
-        encode=encode_mx, native=True,
-        summary="E2M3, a power of two per 32", paper="OCP Microscaling Formats v1.0",
-    ),
-    Format(
-        name="mxfp6_e3m2", bits=6.25, grid=E3M2, block=32, scale_rules=tuple(MX_RULES),
-        encode=encode_mx, native=True,
-        summary="E3M2, a power of two per 32", paper="OCP Microscaling Formats v1.0",
-    ),
-    Format(
-        name="mxfp4", bits=4.25, grid=E2M1, block=32, scale_rules=tuple(MX_RULES),
-        encode=encode_mx, native=True,
-        summary="E2M1, a power of two per 32", paper="OCP Microscaling Formats v1.0",
-    ),
-    Format(
-        name="nvfp4", bits=4.5, grid=E2M1, block=16, scale_rules=("max",), tiles=("1d", "2d"),
-        scopes=("tensor", "row", "static", "delayed"), encode=encode_nvfp4, upper=upper_nvfp4,
-        native=True,
-        summary="E2M1, an E4M3 scale per 16, a float32 scale per tensor", paper="arXiv:2509.25149",
-    ),
-)
-# fmt: on
+
+def every_format() -> tuple[Format, ...]:
+    """Every row, other packages' included."""
+    _read_entry_points()
+    return tuple(_table.values())
 
 
 def format_of(name: str) -> Format:
     """The row of that name. Raises ValueError with the nearest one."""
-    for row in FORMATS:
-        if row.name == name:
-            return row
-    raise unknown("format", name, [row.name for row in FORMATS])
+    if name not in _table:
+        _read_entry_points()
+    if name not in _table:
+        raise unknown("format", name, _table)
+    return _table[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +82,7 @@ class Resolved:
     def exact_in_bf16(self) -> bool:
         """Whether bfloat16 holds the values that `quantize` returns."""
         own_scale = self.scope == "block" and self.rule != "p2"
-        return self.row.exact_in_bf16 and not own_scale
+        return self.row.exact_in_bf16 and self.rule not in self.row.inexact_rules and not own_scale
 
     @property
     def given_scale(self) -> bool:
@@ -135,11 +99,32 @@ def resolve(spec: QSpec) -> Resolved:
     check_choice(f"rounding of {row.name}", spec.rounding, row.roundings)
     if spec.scope is not None:
         check_choice(f"scope of {row.name}", spec.scope, row.scopes)
-    rule = spec.scale_rule or (row.scale_rules[0] if row.scale_rules else "")
+    first = row.scale_rules[0] if row.scale_rules else ""
+    rule = spec.scale_rule or ("eden" if spec.rounding == "eden" else first)
     scope = spec.scope or (row.scopes[0] if row.scopes else "")
+    _check_together(spec, row, rule, scope)
+    return Resolved(spec=spec, row=row, rule=rule, scope=scope)
+
+
+def _check_together(spec: QSpec, row: Format, rule: str, scope: str) -> None:
+    """Options that exist but exclude one another."""
     if scope == "row" and spec.tile == "2d":
         raise ValueError(f"{row.name}: a scale by row cannot span the rows of a tile: say tile 1d")
-    return Resolved(spec=spec, row=row, rule=rule, scope=scope)
+    if rule == "mask" and spec.rounding != "nearest":
+        raise ValueError(f"{row.name}: rule mask cuts digits off, so it takes no {spec.rounding}")
+    if spec.rounding != "eden":
+        return
+    if rule != "eden":
+        raise ValueError(
+            f"rounding eden leaves room in its scales: say scale_rule eden, not {rule}"
+        )
+    if spec.tile == "2d":
+        raise ValueError("rounding eden corrects the tiles of a rotation along rows: say tile 1d")
+    if spec.hadamard < row.block:
+        raise ValueError(
+            f"rounding eden is unbiased over rotations: hadamard must be at least {row.block}, "
+            f"got {spec.hadamard}"
+        )
 
 
 def check_spec(spec: QSpec) -> None:

@@ -49,13 +49,17 @@ class Grid:
         return tuple(value for value in found if value <= self.largest)
 
 
+E3M0 = Grid(name="e3m0", exponent_bits=3, mantissa_bits=0, bias=3, largest=16.0)
 E2M1 = Grid(name="e2m1", exponent_bits=2, mantissa_bits=1, bias=1, largest=6.0)
 E1M2 = Grid(name="e1m2", exponent_bits=1, mantissa_bits=2, bias=1, largest=1.75)  # k / 4
+E1M6 = Grid(name="e1m6", exponent_bits=1, mantissa_bits=6, bias=1, largest=127 / 64)  # k / 64
 E2M3 = Grid(name="e2m3", exponent_bits=2, mantissa_bits=3, bias=1, largest=7.5)
 E3M2 = Grid(name="e3m2", exponent_bits=3, mantissa_bits=2, bias=3, largest=28.0)
 E4M3 = Grid(name="e4m3", exponent_bits=4, mantissa_bits=3, bias=7, largest=448.0)
 E5M2 = Grid(name="e5m2", exponent_bits=5, mantissa_bits=2, bias=15, largest=57344.0)
-GRIDS = {grid.name: grid for grid in (E2M1, E1M2, E2M3, E3M2, E4M3, E5M2)}
+GRIDS = {grid.name: grid for grid in (E3M0, E2M1, E1M2, E1M6, E2M3, E3M2, E4M3, E5M2)}
+# of scales, without a sign; the top exponent belongs to numbers, but for the code of NaN
+UE5M3 = Grid(name="ue5m3", exponent_bits=5, mantissa_bits=3, bias=15, largest=114688.0)
 
 
 def float_bits(value: float) -> int:
@@ -64,11 +68,23 @@ def float_bits(value: float) -> int:
     return ((exponent + 126) << 23) + int((2 * mantissa - 1) * 2**23)
 
 
+def round_bits(size: Tensor, drop: int) -> Tensor:
+    """Float32 bits of positive numbers, their last `drop` bits rounded away, half to even.
+
+    size: int32, at most INFINITY. What rounds beyond the largest float32 becomes infinite.
+    """
+    half = (1 << (drop - 1)) - 1
+    return (size + half + ((size >> drop) & 1)) & -(1 << drop)
+
+
 def to_grid(y: Tensor, grid: Grid, noise: Tensor | None = None) -> Tensor:
     """A value of `grid` next to y, too large ones clamped to +-largest.
 
     The nearest one, ties to the even code; with noise u in (0, 1) the stochastic one,
     floor(|y| / step + u) * step, whose mean is y (precision.md section 8).
+
+    Without mantissa bits (E3M0) half a step always goes up: 1.5 steps are nearest to the even
+    number 2 of them, as with round(|y| / step) * step of arXiv:2310.16836.
 
     y: float32. The sign of zero stays. NaN clamps like infinity: a NaN must reach the result
     through its block's scale.

@@ -240,6 +240,8 @@ def define_parts(
     scale: Tensor | None,
 ) -> tuple[Encoded, Tensor | None]:  # fmt: skip
     """As `define`, elements and block scales apart: what packed storage keeps."""
+    if r.row.cast is not None:
+        return Encoded(r.row.cast(x, r.rule, noise), None), None
     segments = x if x.dim() == 3 else x[None]
     if ends is not None:
         ends = ends.to(torch.int64)
@@ -253,6 +255,10 @@ def define_parts(
     ) -> Encoded:
         assert r.row.encode is not None
         assert r.row.grid is not None
+        if r.spec.rounding == "eden":
+            assert r.row.eden is not None
+            assert noise is not None
+            return r.row.eden(view, dims, r.row.grid, above, noise, r.spec.hadamard)
         return r.row.encode(view, dims, r.row.grid, r.rule, above, noise)
 
     if ends is not None:
@@ -274,7 +280,7 @@ def _upper(
 
     Without ends [S, r, c] broadcastable to x; with ends [E + 1, c], or [R, 1] by row.
     """
-    if r.scope in ("", "block"):
+    if r.scope in ("", "block", "none"):
         return None
     assert r.row.upper is not None
     assert r.row.grid is not None
@@ -312,15 +318,13 @@ def unclipped(
 ) -> Tensor:  # fmt: skip
     """Which of the (rotated) values `quantize` did not clip: bool, in the shape of its values."""
     r = resolve(spec)
-    assert r.row.grid is not None
     x, moved = x.detach().float(), None
     if spec.hadamard:
         x, moved = _rotated(x, spec, axis, ends, key, operand // 2)
     ends = ends if moved is None else moved
     out, upper = define_parts(x, r, _blocks(r, axis), axis, ends, None, scale)
-    assert out.scale is not None
-    decoded = out.elements * out.scale
-    at_top = out.elements.abs() >= r.row.grid.largest
+    decoded = out.elements if out.scale is None else out.elements * out.scale
+    at_top = out.elements.abs() >= r.row.top
     if upper is not None:
         raise ValueError(f"straight_through 'unclipped' takes no scale above blocks: {r.row.name}")
     return ~(at_top & (x.abs() > decoded.abs()))
