@@ -9,7 +9,7 @@ from recipes.text import tokenizer
 from zoo.generate import generate
 from zoo.model import build
 from zoo.precision import rounding_seed
-from zoo.pretrained import load_weights
+from zoo.pretrained import building, load_weights
 
 
 def continue_text(
@@ -30,8 +30,12 @@ def continue_text(
         raise ValueError("prompt is empty: give at least one character")
     recipe = load.load(run / "recipe.yaml")
     n_steps = recipe.trainer.max_steps
-    model = build(recipe, step=n_steps - 1, max_steps=n_steps)  # in the formats of its last step
-    load_weights(model, run / "weights.safetensors")
+    weights = run / "weights.safetensors"
+    with building(weights):
+        model = build(
+            recipe, step=n_steps - 1, max_steps=n_steps
+        )  # in the formats of its last step
+    load_weights(model, weights)
     seed_rounding(model, rounding_seed(recipe.seed, recipe.precision), n_steps)
     encoder = tokenizer(recipe.data.tokenizer)
     ids = encoder.encode(prompt)[None]

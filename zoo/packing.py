@@ -181,6 +181,8 @@ def _check(name: str, leaf: Leaf) -> None:
         storage_of(resolve(spec))
         if spec.hadamard and spec.signs == "step":
             raise ValueError("new signs each step rotate its weight: packing needs fixed ones")
+        if spec.rounding == "eden":
+            raise ValueError("its weight is rounded by eden: packing needs nearest or stochastic")
         if isinstance(leaf, ValueTable) and spec.rounding != "nearest":
             raise ValueError("rows rounded at random have no one value to pack")
     except ValueError as error:

@@ -1,7 +1,8 @@
 """A model in a folder: `config.json` and `model.safetensors`."""
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from zoo.packing import HEADER, header_of, make_room, native_tensors
 
@@ -66,9 +68,27 @@ def write_weights(module: nn.Module, path: str | Path) -> None:
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata)
 
 
-def building(path: str | Path) -> AbstractContextManager[Any]:
+@contextmanager
+def building(path: str | Path) -> Iterator[None]:
     """Where to build the module that a file's weights are for: packed ones need no storage yet."""
-    return nullcontext() if _header(Path(path)) is None else torch.device("meta")
+    if _header(Path(path)) is None:
+        yield
+    else:
+        with torch.device("meta"), _Unfilled():
+            yield
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors without storage unfilled: torch would import a library of 70 MB to do so."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.startswith("_"):  # in place
+            target = args[0] if args else kwargs["tensor"]
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
+        return func(*args, **kwargs)
 
 
 def _header(path: Path) -> str | None:
@@ -96,6 +116,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     header = _header(Path(path))
     if header is not None:
+        given = {name: _copy(t) for name, t in given.items()}  # no view of the file
         make_room(module, header, given)
     own = own_tensors(module)
     for what, names in (("lacks", own.keys() - given), ("has unknown", given.keys() - own)):
@@ -111,6 +132,11 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(given[name])
+
+
+def _copy(t: Tensor) -> Tensor:
+    """t.clone(), of a type of one byte too that torch cannot fill."""
+    return t.clone() if t.element_size() > 1 else t.view(torch.uint8).clone().view(t.dtype)
 
 
 def _take(module: nn.Module, given: dict[str, Tensor]) -> None:

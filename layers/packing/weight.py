@@ -84,15 +84,16 @@ def pack(
     storage = storage_of(r)
     if spec.hadamard and spec.signs == "step":
         raise ValueError("a weight rotated with new signs each step cannot be packed: say fixed")
-    if spec.rounding != "nearest" and key is None:
-        raise ValueError(f"rounding {spec.rounding} needs a key: a [] int64 tensor")
+    if spec.rounding == "eden":
+        raise ValueError("a weight rounded by eden cannot be packed: say nearest or stochastic")
+    if spec.rounding == "stochastic" and key is None:
+        raise ValueError("rounding stochastic needs a key: a [] int64 tensor")
     w = w.detach().float()
     if spec.hadamard:
         signs = signs_of(spec.hadamard, spec.signs, None, operand // 2, w.device)
         w = rotate(w, spec.hadamard, signs, -1)
     noise = None
-    if spec.rounding != "nearest":
-        assert key is not None
+    if key is not None and spec.rounding == "stochastic":
         noise = uniform(key, operand, w.shape)
     blocks = Blocks(r.row.block, r.row.block) if spec.tile == "2d" else Blocks(1, r.row.block)
     (elements, scales), above = define_parts(w, r, blocks, -1, None, noise, scale)
