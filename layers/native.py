@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -26,13 +27,17 @@ from layers.names import check_choice
 # no -ffast-math: what is not a number, and the order of sums, stay as the source says
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared",
          "-fPIC")  # fmt: skip
+_INCLUDED = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One C++ file of plain C functions, without torch headers, and the flags that it adds."""
+    """One C++ file of plain C functions, without torch headers, and the flags that it adds.
+
+    It may include headers that lie beside it.
+    """
 
     path: Path
     flags: tuple[str, ...] = ()
@@ -86,6 +91,14 @@ class Source:
             Path(name).unlink(missing_ok=True)
         return target
 
+    def files(self) -> list[Path]:
+        """The file and, in the order first met, every header that it includes from its folder."""
+        found = [self.path]
+        for path in found:  # which grows meanwhile
+            names = _INCLUDED.findall(path.read_text())
+            found += [p for n in names if (p := path.with_name(n)).exists() and p not in found]
+        return found
+
     def _key(self, compiler: str) -> str:
         """A hash of all that decides the bytes of the library."""
         info = Path("/proc/cpuinfo")
@@ -93,7 +106,8 @@ class Source:
         names = ("model name", "flags", "Features")
         cpu = sorted({line for line in lines if line.startswith(names)})
         version = _run([compiler, "--version"])
-        parts = [self.path.read_text(), *FLAGS, *self.flags, version, platform.machine(), *cpu]
+        texts = [path.read_text() for path in self.files()]
+        parts = [*texts, *FLAGS, *self.flags, version, platform.machine(), *cpu]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -79,12 +79,7 @@ def quantize(
     x = x.detach()
     if r.row.dtype is not None:
         return Quantized(x.to(r.row.dtype).to(dtype), None)
-    moved = None
-    if spec.hadamard:
-        x, moved = _rotated(x, spec, axis, ends, key, operand // 2)
-        ends = ends if moved is None else moved
-    blocks = _blocks(r, axis)
-    values, upper = _encode(x, r, blocks, axis, dtype, ends, key, operand, scale)
+    values, upper, moved = _encode(x, r, axis, dtype, ends, key, operand, scale)
     if upper is not None and x.dim() == 2 and ends is None:
         upper = upper.squeeze(0)
     return Quantized(values, upper, moved)
@@ -144,7 +139,7 @@ def _fake(x: Tensor, r: Resolved, key: Tensor | None) -> Tensor:
     if (pad := -n_rows % r.row.block) and len(matrices) > 1:  # no tile crosses a matrix
         matrices = F.pad(matrices, (0, 0, 0, pad))
     rows = matrices.flatten(0, 1)
-    values, _ = _encode(rows, r, _blocks(r, -1), -1, x.dtype, None, key, 0, None, fold=True)
+    values = _encode(rows, r, -1, x.dtype, None, key, 0, None, fold=True)[0]
     return values.view(matrices.shape)[:, :n_rows].reshape(x.shape)
 
 
@@ -186,11 +181,17 @@ def _check(
         raise ValueError(f"scope {r.scope} needs a scale, which the leaf holds in operand_scales")
 
 
+def _takes_kernels(x: Tensor) -> bool:
+    return x.device.type == "cpu" and native.wanted()
+
+
 def _rotated(
     x: Tensor, spec: QSpec, axis: int, ends: Tensor | None, key: Tensor | None, gemm: int
 ) -> tuple[Tensor, Tensor | None]:
     """The rotated x in float32, and where its segments end now, if rows were added to them."""
     d, moved = spec.hadamard, None
+    if d <= native.WIDEST and _takes_kernels(x):
+        return ops.rotate(x, d, spec.signs, axis, ends, key, gemm)
     signs = signs_of(d, spec.signs, key, gemm, x.device)
     x = x.float()
     if axis == -2 and ends is not None:
@@ -199,17 +200,19 @@ def _rotated(
 
 
 def _encode(
-    x: Tensor, r: Resolved, blocks: Blocks, axis: int, dtype: torch.dtype, ends: Tensor | None,
+    x: Tensor, r: Resolved, axis: int, dtype: torch.dtype, ends: Tensor | None,
     key: Tensor | None, operand: int, scale: Tensor | None, fold: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """x: [R, C] or [E, R, C]. Returns values and their scale; fold: the values times the scale."""
-    if native.has(r) and x.device.type == "cpu" and native.wanted():
-        grid = r.row.grid
-        assert grid is not None
-        x = x if x.dtype in native.DTYPES else x.float()
-        inner = dtype if dtype in native.DTYPES else torch.float32
-        values, found = ops.quantize(x, grid.name, r.rule, *blocks, inner, ends, fold)
-        return values.to(dtype), found if r.row.scopes else None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """x: [R, C] or [E, R, C]. Returns values, their scale, and ends where a rotation moved them.
+
+    fold: the values times the scale.
+    """
+    blocks, moved = _blocks(r, axis), None
+    if native.has(r) and _takes_kernels(x):
+        return ops.quantize(x, r, blocks, axis, dtype, ends, key, operand, scale, fold)
+    if r.spec.hadamard:
+        x, moved = _rotated(x, r.spec, axis, ends, key, operand // 2)
+        ends = ends if moved is None else moved
     x = x.float()
     noise = None
     if r.spec.rounding != "nearest":
@@ -218,7 +221,7 @@ def _encode(
     values, found = define(x, r, blocks, axis, ends, noise, scale)
     if fold and found is not None:
         values = values * found
-    return values.to(dtype), found
+    return values.to(dtype), found, moved
 
 
 def define(
