@@ -7,22 +7,17 @@ from torch import nn
 
 from layers.packing import PackedWeight, codes, pack
 from layers.packing.weight import native_view
+from layers.precision import FORMATS
 from layers.precision.grids import E1M2, E2M1, E4M3, E5M2, GRIDS
 from layers.precision.quantize import quantize
 from layers.precision.spec import QSpec
 
 SPECS = [
-    QSpec(format="mxfp4"),
+    *(QSpec(format=row.name) for row in FORMATS if row.grid is not None),
     QSpec(format="mxfp4", scale_rule="rceil"),
-    QSpec(format="mxfp6_e2m3"),
-    QSpec(format="mxfp6_e3m2"),
-    QSpec(format="mxfp8_e4m3"),
-    QSpec(format="mxfp8_e5m2"),
-    QSpec(format="nvfp4"),
     QSpec(format="nvfp4", tile="2d"),
     QSpec(format="nvfp4", scope="row"),
     QSpec(format="mxfp4", hadamard=32),
-    QSpec(format="fp8_e4m3"),
     QSpec(format="fp8_e5m2", scope="row", scale_rule="p2"),
     QSpec(format="fp8_e4m3", scope="block"),
     QSpec(format="fp8_e4m3", scope="block", tile="2d"),

@@ -58,7 +58,7 @@ def encode_elements(values: Tensor, grid: Grid) -> Tensor:
     half = 1 << (code_bits(grid) - 1)
     sizes = values_by_code(grid)[:half].to(values.device)
     known = int((~sizes.isnan()).sum())
-    code = torch.bucketize(values.abs(), sizes[:known])
+    code = torch.bucketize(values.abs().contiguous(), sizes[:known])
     found = sizes[code.clamp(max=known - 1)] == values.abs()
     if known < half:
         found |= values.isnan()
@@ -163,7 +163,7 @@ def encode_scales(scales: Tensor, kind: str) -> Tensor:
     """
     table = scales_by_code(kind).to(scales.device)
     known = int((~table.isnan()).sum())
-    code = torch.bucketize(scales, table[:known])
+    code = torch.bucketize(scales.contiguous(), table[:known])
     found = (table[code.clamp(max=known - 1)] == scales) | scales.isnan()
     _check_found(found, scales, f"the scales {kind}")
     return torch.where(scales.isnan(), known, code).to(torch.uint8)
