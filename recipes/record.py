@@ -5,6 +5,7 @@ A run directory holds
     recipe.yaml          the resolved recipe; loads again as a recipe
     meta.json            id, label, seed, sha256 of the recipe, versions, commit, machine
     metrics.csv          what was logged, a row per logging interval
+    probes.json          where the recipe asks: errors of the formats, operand by operand
     result.json          the finished run (`recipes.report.records.Run`); there once it is finished
     weights.safetensors  the weights, by parameter name
     checkpoints/last.ckpt  what a killed run goes on from

@@ -18,6 +18,7 @@ from recipes.curve import Curve, Diverged, final_evaluation
 from recipes.data import TextData
 from recipes.names import ffn_label, precision_label
 from recipes.precision_callbacks import precision_callbacks
+from recipes.probes import probe_callbacks, recorded
 from recipes.report.records import SCHEMA, Final, Run, Sample, Speed
 from recipes.runtime import interruptible, settings
 from recipes.schema import Recipe
@@ -99,9 +100,11 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
     task = LanguageModelTask(recipe, data.domains)
     cost = whole_model_cost(recipe)
     curve = _curve(recipe, data, cost)
+    probes = probe_callbacks(recipe, out)
     trainer = lean_trainer(recipe, out, [
         SeedEachBatch(recipe.seed),
         *precision_callbacks(recipe),
+        *probes,
         curve,
         Progress(run_id, curve),
         SaveLast(last, recipe.trainer.checkpoint_every_steps, curve, fingerprint),
@@ -111,6 +114,7 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
             trainer.fit(task, data, ckpt_path=str(last) if resumed else None, weights_only=True)
         except Diverged as error:
             print(f"{run_id}: {error}", flush=True)
+    about["probes"] = recorded(probes)
     return _finish(recipe, out, task, data, curve, cost, run_id, variant, about)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_toys import refused
+from recipe_toys import evaluate_briefly, killed_after, refused, timeless, tiny_recipe
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +20,7 @@ from layers.precision.hadamard import rotate, signs_of
 from layers.precision.measure import measured, parts_of
 from layers.precision.operands import OPERANDS
 from layers.precision.probe import Probed, ProbeReport, probing
+from recipes.train import train
 
 M, K, N = 40, 64, 32
 KEY = torch.tensor(1234567)
@@ -414,3 +416,91 @@ def test_reports_round_trip_through_json():
     assert len(str(report).splitlines()) == 7
     with refused("unknown field of a probed operand 'sgnal'. Did you mean 'signal'?"):
         Probed.of({**report.operands[0].to_plain(), "sgnal": 1.0})
+
+
+# Runs
+
+PRECISION = ["precision=nvfp4"]  # one of two layers stays high
+SHORT = ["data.seq_len=64", "data.batch_size=2", "data.eval_bytes_per_domain=512"]
+PROBED = [*PRECISION, *SHORT, "probes.every_steps=3"]
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    evaluate_briefly(monkeypatch)
+
+
+def probes_of(run):
+    return json.loads((run / "probes.json").read_text())
+
+
+def test_a_run_writes_what_it_probed(tmp_path, brief):
+    recipe = tiny_recipe("mlp", *PROBED, "trainer.accumulate=2")
+    result = train(recipe, tmp_path)
+    steps = probes_of(tmp_path)["steps"]
+    assert [s["step"] for s in steps] == [3, 6]
+    tokens = 2 * 64  # of the first micro-batch alone
+    for step in steps:
+        report = ProbeReport.of(step)
+        assert {r.leaf.split(".")[1] for r in report.operands} == {"0"}
+        by_leaf = {r.leaf: r for r in report.operands if r.operand == "fprop_x"}
+        assert len(by_leaf) > 3
+        assert all(r.elements == tokens * 32 for n, r in by_leaf.items() if n.endswith(".up"))
+        assert all(15 < (r.snr_db or 0) < 40 for r in report.operands)
+    kept = result["probes"]
+    assert [s["step"] for s in kept] == [3, 6]
+    first = steps[1]["operands"][0]
+    assert kept[1]["operands"][0] == {
+        **{key: first[key] for key in ("leaf", "operand", "format", "elements", "snr_db")},
+        "clipped": first["clip_fraction"],
+        "underflowed": first["underflow_fraction"],
+        "scales": first["scales"],
+    }
+    assert not kept[0]["operands"][0]["scales"]
+
+
+def test_a_resumed_run_leaves_the_same_probes(tmp_path, brief, monkeypatch):
+    ffn = {"name": "moe", "n_experts": 4, "d_expert": 32}
+    recipe = tiny_recipe(ffn, *PROBED, "probes.roles=[expert]")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = train(recipe, whole)
+    with killed_after(monkeypatch, 4):  # between two probes
+        train(recipe, cut)
+    (cut / "probes.json").write_text("half of a")
+    assert timeless(train(recipe, cut)) == timeless(expected)
+    assert (cut / "probes.json").read_bytes() == (whole / "probes.json").read_bytes()
+    assert len(probes_of(whole)["steps"]) == 2
+
+
+def test_a_probed_run_trains_the_same_weights(tmp_path, brief):
+    for name, more in (("probed", PROBED), ("plain", [*PRECISION, *SHORT])):
+        train(tiny_recipe("swiglu", *more), tmp_path / name)
+    a, b = (load_file(tmp_path / name / "weights.safetensors") for name in ("probed", "plain"))
+    assert a.keys() == b.keys()
+    assert len(a) > 0
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not (tmp_path / "plain" / "probes.json").exists()
+
+
+def test_probes_that_choose_nothing_are_refused_before_the_first_step(tmp_path):
+    recipe = tiny_recipe("mlp", *PROBED, "probes.name=blocks.*.moe")
+    with refused("where='blocks.*.moe', roles=[], layers=None match no leaf"):
+        train(recipe, tmp_path)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (["probes.evry_steps=3"], "'probes.evry_steps'. Did you mean 'probes.every_steps'?"),
+        (["probes.every_steps=0"], "probes.every_steps must be positive, got 0"),
+        (["probes.operands=[wgrad]"], "unknown operand in probes.operands 'wgrad'"),
+        (["probes.layers=lst 15%"], "layers must be"),
+        (["probes=yes"], "probes must be a mapping"),
+        (["probes={}", "trainer.compile=true"], "probes work in eager mode only"),
+    ],
+)
+def test_wrong_probes_are_refused_where_a_recipe_enters(said, message):
+    with refused(message):
+        tiny_recipe("mlp", *said)
+    assert tiny_recipe("mlp").probes is None

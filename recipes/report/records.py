@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layers.names import check_choice
+from recipes.report.probe_records import ProbedStep
 from recipes.report.strict import Measured, read_as
 
 SCHEMA = 1
@@ -123,6 +124,7 @@ class Run:
     diverged: bool = False
     diverged_step: int | None = None  # at which it was told; recipes.stability
     spike_steps: tuple[int, ...] = ()  # at which spikes began
+    probes: tuple[ProbedStep, ...] = ()  # by step
 
     def __post_init__(self) -> None:
         _check_schema(self.schema)
