@@ -58,8 +58,9 @@ def attach_corrections(module: nn.Module, tensors: Mapping[str, Tensor]) -> None
 
     Values are left to whoever loads the file. Leaves that already have one keep it.
     """
+    modules = dict(module.named_modules())
     for owner in _owners(tensors):
-        leaf = module.get_submodule(owner) if owner in dict(module.named_modules()) else None
+        leaf = modules.get(owner)
         if leaf is None or getattr(leaf, NAME, None) is not None:
             continue
         parts = {p: tensors.get(_join(owner, p)) for p in PARTS}
