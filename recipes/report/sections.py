@@ -8,6 +8,7 @@ from recipes.report.domains import domain_table
 from recipes.report.figures import Figure, plot
 from recipes.report.frontier import frontier
 from recipes.report.headline import name
+from recipes.report.probes import probes
 from recipes.report.provenance import provenance
 from recipes.report.stability import stability
 from recipes.report.study import Group, Study
@@ -40,6 +41,7 @@ def sections(study: Study) -> list[Section]:
         ("Quality against cost", _frontier(study)),
         ("Precision gap", _gap(study)),
         ("Stability", stability(study)),
+        ("What the formats did to the operands", probes(study)),
         ("Expert load", _load(study)),
         ("Domains", _domains(study)),
         ("Samples", _samples(study)),
