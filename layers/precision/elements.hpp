@@ -21,7 +21,10 @@ struct Element {
     float y = x * enc;
     if (F::no_negative_zero) y = y + 0.0f;
     float element = round(y, index);
-    if (F::keeps_nan) element = (bits(y) & kSize) > kInfinity ? y : element;
+    if (F::keeps_nan) {  // without a branch, which would keep the loop from being a vector's
+      const int32_t nan = -int32_t((bits(y) & kSize) > kInfinity);
+      element = value((bits(y) & nan) | (bits(element) & ~nan));
+    }
     element = element * dec;
     return F::folds ? element * fold : element;
   }

@@ -2,14 +2,16 @@
 // Plain C ABI, no torch headers. Build without -ffast-math and with -ffp-contract=off: every
 // operation here and in the headers is one float32 operation of the definition, in the same order.
 
+#include <algorithm>
 #include <atomic>
+#include <memory>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "elements.hpp"
-#include "rotation.hpp"
+#include "hif4.hpp"
 
 namespace {
 
@@ -161,6 +163,31 @@ void round(const Job& job, const Plan& plan) {
     quantize<In, Element<Family, Nearest>, Out>(job, plan, {{grid}});
 }
 
+template <class In, class E, class Out>
+void quantize_hif4(const Job& job, const Plan& plan, const E& element) {
+  Out* const out = static_cast<Out*>(job.out);
+  share(job.threads, plan.bands, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<ColumnFactors> factors(new ColumnFactors);
+    walk<In>(job, plan, first, last,
+             [&](size_t, int64_t row, int rows, int64_t from, int64_t n, Tile t) {
+      for (int r = 0; r < rows; r += kUnit)
+        for (int64_t c = 0; c < n; c += kUnitCols) {
+          const int64_t begin = (row + r) * job.out_cols + from + c;
+          hif4_tile(t.at + r * t.stride + c, t.stride, out + begin, int(least(kUnit, rows - r)),
+                    int(least(kUnitCols, n - c)), uint32_t(begin), job, *factors, element);
+        }
+    });
+  });
+}
+
+template <class In, class Out>
+void hif4(const Job& job, const Plan& plan) {
+  if (job.key)
+    quantize_hif4<In, Element<Microscaling, StochasticK>, Out>(job, plan, {{{*job.key, job.operand}}});
+  else
+    quantize_hif4<In, Element<Microscaling, HalfAway>, Out>(job, plan, {});
+}
+
 // The rotation alone.
 template <class In, class Out>
 void copy(const Job& job, const Plan& plan) {
@@ -177,6 +204,7 @@ void copy(const Job& job, const Plan& plan) {
 template <class In, class Out>
 void run(const Job& job, Plan& plan) {
   if (job.rule == kRotate) return copy<In, Out>(job, plan);
+  if (job.rule == kHiF4) return hif4<In, Out>(job, plan);
   find_above<In>(job, plan);
   if (job.rule < kTwoLevel) return round<In, Microscaling, Out>(job, plan);
   if (job.rule == kTwoLevel) return round<In, TwoLevel, Out>(job, plan);

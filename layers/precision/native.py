@@ -11,6 +11,7 @@ from torch import Tensor
 from layers.native import Source
 from layers.precision.formats import Resolved
 from layers.precision.hadamard import signs_of
+from layers.precision.hif4 import encode_hif4
 from layers.precision.mx import encode_mx
 from layers.precision.nvfp4 import encode_nvfp4
 from layers.precision.scaled import encode_scaled
@@ -19,8 +20,10 @@ from layers.precision.scaled import encode_scaled
 KERNELS = Source(Path(__file__).with_name("kernels.cpp"), ("-ffp-contract=off",))
 # enum Rule of kernels.cpp, and which definition it equals
 RULES = ("mx_floor", "mx_rceil", "mx_ceil", "mx_even", "nvfp4_max", "scaled_max", "scaled_p2",
-         "rotate")  # fmt: skip
-_FAMILIES: dict[Any, str] = {encode_mx: "mx", encode_nvfp4: "nvfp4", encode_scaled: "scaled"}
+         "hif4", "rotate")  # fmt: skip
+_FAMILIES: dict[Any, str] = {
+    encode_mx: "mx", encode_nvfp4: "nvfp4", encode_scaled: "scaled", encode_hif4: "hif4",
+}  # fmt: skip
 LEVELS = {"none": 0, "segment": 1, "row": 2, "column": 3}  # enum Level
 ROUNDINGS = ("nearest", "stochastic")
 DTYPES = (torch.float32, torch.bfloat16)  # what kernels.cpp reads and writes
@@ -110,7 +113,8 @@ def _signs(d: int, kind: str) -> ctypes.Array[ctypes.c_float]:
 
 def rule_of(r: Resolved) -> str | None:
     """The rule of kernels.cpp that equals a row's definition, or None."""
-    rule = f"{_FAMILIES.get(r.row.encode)}_{r.rule}"
+    family = _FAMILIES.get(r.row.encode, "")
+    rule = f"{family}_{r.rule}" if r.rule else family
     return rule if rule in RULES else None
 
 

@@ -69,6 +69,9 @@ struct Stream {
       : low(mix(uint32_t(key) + uint32_t(operand) * 0x9E3779B9u)),
         high(mix(uint32_t(uint64_t(key) >> 32) ^ low)) {}
   uint32_t operator()(uint32_t index) const { return mix(mix(index + low) ^ high); }
+  float uniform(uint32_t index) const {  // random.py uniform
+    return float(int32_t((*this)(index) >> 16) * 2 + 1) * 0x1p-17f;
+  }
 };
 
 // How elements find their grid value; index counts the elements of the whole tensor.
@@ -80,9 +83,7 @@ struct Nearest {
 struct Stochastic {
   Grid grid;
   Stream stream;
-  float operator()(float y, uint32_t index) const {  // random.py uniform
-    return stochastic(y, grid, float(int32_t(stream(index) >> 16) * 2 + 1) * 0x1p-17f);
-  }
+  float operator()(float y, uint32_t index) const { return stochastic(y, grid, stream.uniform(index)); }
 };
 
 }  // namespace zoo

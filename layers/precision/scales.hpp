@@ -25,7 +25,7 @@ namespace zoo {
 
 using Job = MoeZooJob;
 
-enum Rule { kFloor, kRceil, kCeil, kEven, kTwoLevel, kScaled, kScaledP2, kRotate, kRules };
+enum Rule { kFloor, kRceil, kCeil, kEven, kTwoLevel, kScaled, kScaledP2, kHiF4, kRotate, kRules };
 enum Level { kNone, kSegment, kRow, kColumn };  // what one scale above the blocks spans
 
 struct Upper {
