@@ -1,5 +1,6 @@
 """Leaves: each of the three matmuls sums over operands quantised along its own axis."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -180,3 +181,28 @@ def test_gradcheck_without_a_policy(dtype):
         lambda x, w: torch.func.functional_call(stack, {"weight": w}, (x, counts)),
         (x, stack.weight),
     )
+
+
+def test_both_operands_of_a_product_draw_the_same_signs():
+    """Unlike signs would leave nothing of the product: a relative error of one and more."""
+    spec = {"format": "mxfp8_e4m3", "hadamard": 32, "signs": "step", "rounding": "stochastic"}
+    p = LeafPrecision.of({"all": spec, "compute": "fp32"})
+    counts = torch.tensor([40, 0, 56])
+    for low, inputs in (
+        (Linear(K, N, role="ffn"), ()),
+        (ExpertLinear(3, K, N, role="expert"), (counts,)),
+    ):
+        plain = copy.deepcopy(low)
+        low.precision = p
+        x, dy = torch.randn(96, K), torch.randn(96, N)
+        grads = []
+        for step in (1, 2):
+            seed_rounding(low, 0, step, micro_batch=3, rank=1)
+            for leaf in (low, plain):
+                at = x.clone().requires_grad_()
+                leaf.zero_grad()
+                leaf(at, *inputs).backward(dy)
+                grads.append((at.grad, leaf.weight.grad.clone()))
+        for got, want in zip(grads[0] + grads[2], grads[1] + grads[3], strict=True):
+            assert 1e-3 < (got - want).norm() / want.norm() < 0.1
+        assert not torch.equal(grads[0][1], grads[2][1])  # another step, other bits

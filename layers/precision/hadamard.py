@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.precision.random import SIGNS_OF_GEMM, hashed
+from layers.precision.random import MASK, SIGNS_OF_GEMM, hashed
 
 # TransformerEngine's fixed vector for tiles of 16 (arXiv:2509.25149)
 NVIDIA_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -21,7 +21,7 @@ def signs_of(d: int, kind: str, key: Tensor | None, gemm: int, device: torch.dev
     Args:
         d: width of a tile.
         kind: "fixed" (d = 16: NVIDIA's), "step" (drawn from key and gemm), "none" (all 1).
-        key: [] int64, read by "step".
+        key: [] int64, read by "step": its low half, which all streams of a leaf and step share.
         gemm: 0 fprop, 1 dgrad, 2 wgrad: its two operands share their signs.
         device: where.
     """
@@ -32,7 +32,7 @@ def signs_of(d: int, kind: str, key: Tensor | None, gemm: int, device: torch.dev
     if kind == "fixed":
         key, gemm = torch.tensor(FIXED_KEY, device=device), 0
     assert key is not None
-    bits = hashed(key, SIGNS_OF_GEMM + gemm, torch.arange(d, device=device)) >> 31
+    bits = hashed(key & MASK, SIGNS_OF_GEMM + gemm, torch.arange(d, device=device)) >> 31
     return (1 - 2 * bits).to(torch.float32)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.precision.operands import OPERANDS, LeafPrecision
-from layers.precision.random import mixed
+from layers.precision.random import MASK, mixed
 
 
 class Leaf(nn.Module):
@@ -76,8 +76,10 @@ class Leaf(nn.Module):
         """
         if self.rounding_key is None:
             return
-        module = zlib.crc32(name.encode())
-        keys = mixed(seed, step, module), mixed(seed, step, module, micro_batch, rank)
+        step_key = mixed(seed, step, zlib.crc32(name.encode()))
+        here = mixed(step_key & MASK, micro_batch, rank)
+        shared = step_key & MASK  # both operands of a product draw their signs from this half
+        keys = [(high >> 32 << 32) | shared for high in (step_key, here)]
         self.rounding_key.copy_(torch.tensor(keys, dtype=torch.int64))
 
     def _device(self) -> Any:

@@ -105,7 +105,7 @@ class Reader {
     if (d || sizeof(In) == 2) scratch_.resize(most + kLanes);
     if (!d) return;
     log2_ = log2_of(d);
-    const Stream stream(job.signs ? 0 : *job.signs_key, 64 + job.operand / 2);
+    const Stream stream(job.signs ? 0 : *job.signs_key & 0xFFFFFFFF, 64 + job.operand / 2);
     for (int i = 0; i < d; i++)
       signs_.push_back(job.signs ? job.signs[i] : 1.0f - 2.0f * float(stream(uint32_t(i)) >> 31));
     for (int i = d; i < kLanes; i++) signs_.push_back(signs_[i & (d - 1)]);
