@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+import zoo
 from layers.linear import ExpertLinear, Linear, ValueTable
 from layers.precision import FORMATS, PRESETS, LeafPrecision, QSpec, quantize, seed_rounding
 from layers.precision.formats import check_spec
@@ -21,6 +22,7 @@ from layers.precision.measure import measured, parts_of
 from layers.precision.operands import OPERANDS
 from layers.precision.probe import Probed, ProbeReport, probing
 from recipes.train import train
+from zoo.probing import probe as probe_model
 
 M, K, N = 40, 64, 32
 KEY = torch.tensor(1234567)
@@ -504,3 +506,56 @@ def test_wrong_probes_are_refused_where_a_recipe_enters(said, message):
     with refused(message):
         tiny_recipe("mlp", *said)
     assert tiny_recipe("mlp").probes is None
+
+
+# A model and one batch
+
+
+def small_model(precision: Any = "nvfp4", **options):
+    ffn = {"name": "moe", "n_experts": 4, "top_k": 2, "d_expert": 32}
+    config = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 32, "ffn": ffn, **options}
+    return zoo.build({"model": config, "precision": precision})
+
+
+def test_one_batch_of_a_model_is_probed_and_leaves_it_as_it_was():
+    delayed = {"base": "nvfp4", "rules": [{"use": DELAYED, "name": "*.down", "layers": "0"}]}
+    model = small_model(delayed)
+    tokens = torch.randint(256, (3, 17))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    peaks = [b for n, b in model.named_buffers() if n.endswith("operand_peaks")]
+    assert len(peaks) == 1
+    peaks[0].fill_(0.125)
+    random_state = torch.random.get_rng_state()
+    report = probe_model(model, tokens)
+    assert {r.operand for r in report.operands} == set(OPERANDS)
+    assert {r.leaf.split(".")[1] for r in report.operands} == {"0"}  # the last layer is high
+    rows = {(r.leaf, r.operand): r for r in report.operands}
+    assert rows["blocks.0.attention.out", "fprop_x"].elements == 3 * 16 * 32
+    assert rows["blocks.0.ffn.down", "fprop_x"].elements == 3 * 16 * 2 * 32
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    assert (peaks[0] == 0.125).all()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_padding_is_neither_read_nor_predicted():
+    model = small_model()
+    tokens = torch.randint(256, (2, 12))
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 7:] = False
+    other = torch.where(mask, tokens, 3)
+    a, b = (probe_model(model, t, mask=mask, roles="expert") for t in (tokens, other))
+    assert a == b
+    assert a != probe_model(model, other, roles="expert")
+
+
+def test_a_model_with_nothing_to_probe_is_refused():
+    tokens = torch.randint(256, (2, 8))
+    with refused("none of the 2 leaves to probe quantises anything"):
+        probe_model(small_model("bf16"), tokens, roles="expert", layers="last")
+    with refused("tokens must be [B, S] with S >= 2, got [2, 1]"):
+        probe_model(small_model(), tokens[:, :1])
+    with refused("the mask leaves no token to predict"):
+        probe_model(small_model(), tokens, mask=torch.zeros(2, 8, dtype=torch.bool))
+    with refused("no weight of the model takes a gradient"):
+        probe_model(small_model().requires_grad_(False), tokens)
