@@ -174,9 +174,9 @@ class Curve(Callback):
 
 
 def final_evaluation(task: LanguageModelTask, data: TextData) -> Evaluation:
-    """The whole validation part."""
-    eps = task.recipe.trainer.sharpness_eps
-    return evaluate(task.model, data.eval_loader("validation"), data.domains, eps)
+    """The validation part, thinned to `final_bytes_per_domain` where the recipe says so."""
+    loader = data.eval_loader("validation", data.config.final_bytes_per_domain)
+    return evaluate(task.model, loader, data.domains, task.recipe.trainer.sharpness_eps)
 
 
 def _known(x: float | None) -> float | None:

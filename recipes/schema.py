@@ -18,6 +18,7 @@ class DataConfig:
     seq_len: int = 256  # tokens a sequence
     batch_size: int = 16  # sequences a micro-batch and process
     eval_bytes_per_domain: int | None = 8192  # during training; None: all of the validation part
+    final_bytes_per_domain: int | None = None  # at the end; None: all of the validation part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ def check_data(config: DataConfig) -> None:
     check_positive(seq_len=config.seq_len, batch_size=config.batch_size)
     if config.eval_bytes_per_domain is not None:
         check_positive(eval_bytes_per_domain=config.eval_bytes_per_domain)
+    if config.final_bytes_per_domain is not None:
+        check_positive(final_bytes_per_domain=config.final_bytes_per_domain)
     if row.corpora is not None and corpus.name not in row.corpora:
         raise ValueError(
             f"tokenizer {row.name!r} was made for {', '.join(row.corpora)}, not for "

@@ -341,6 +341,7 @@ def test_a_loader_goes_on_from_its_state():
         ({"seq_len": 0}, "seq_len must be positive, got 0"),
         ({"batch_size": -1}, "batch_size must be positive, got -1"),
         ({"eval_bytes_per_domain": 0}, "eval_bytes_per_domain must be positive, got 0"),
+        ({"final_bytes_per_domain": 0}, "final_bytes_per_domain must be positive, got 0"),
         ({"seq_len": 30_000}, "seq_len=30000 is too long .* so at most 20612"),
         (
             {"corpus": "tinyshakespeare", "tokenizer": "bpe1024"},

