@@ -78,6 +78,15 @@ def test_rows_that_are_large_do_not_overflow_the_decode_of_bits():
     assert_product(bits_product(packed, x), x, packed.decode(torch.float32))
 
 
+def test_the_smallest_power_of_two_is_not_doubled():
+    packed = random_packed(STORAGES[0], 4, 64)
+    packed.scales.zero_()  # 2^-127, below the smallest normal float32
+    x = torch.randn(1, 64) * 2.0**20
+    y, exact = packed.multiply(x), x.double() @ packed.decode(torch.float32).double().mT
+    assert exact.abs().min() > 0
+    torch.testing.assert_close(y.double() * 2.0**107, exact * 2.0**107, rtol=1e-2, atol=1e-2)
+
+
 def test_slices_of_rows_change_nothing(monkeypatch):
     for storage in (STORAGES[1], STORAGES[-1]):
         packed, x = random_packed(storage, 37, 64), torch.randn(2, 64)
