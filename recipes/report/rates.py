@@ -85,7 +85,7 @@ def _points(study: Study, g: Group, trials: Sequence[Trial], top: float, beside:
         "marker": {
             "color": colour,
             "symbol": symbols,
-            "size": 7,
+            "size": [10 if r.diverged else 7 for _, r in runs],
             "line": {"width": [0 if r.diverged else 1.5 for _, r in runs], "color": colour},
         },
         "hovertemplate": "<b>%{text}</b><extra></extra>",
