@@ -29,6 +29,24 @@ def per_block(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
+def block_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Sums over blocks, one value a block, added up in an order that belongs to the definition.
+
+    The second half of an axis onto the first until one is left; rows of a tile before its columns,
+    after the tile and its transpose are averaged, so that both have the same sum to the bit.
+
+    Args:
+        x: float32, blocks of powers of two as a view.
+        dims: the axes that lie inside a block; they stay, with length 1.
+    """
+    if len(dims) == 2:
+        x = (x + x.transpose(*dims)) * 0.5
+    for dim in dims:
+        while (n := x.shape[dim]) > 1:
+            x = x.narrow(dim, 0, n // 2) + x.narrow(dim, n // 2, n // 2)
+    return x
+
+
 def upper_of(peak: Tensor, largest: float) -> Upper:
     # a tensor, for a number divided by a tensor would be the product with its rounded inverse
     top = torch.full_like(peak, largest)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from layers.precision.encoding import Encoded, per_block
-from layers.precision.grids import INFINITY, SIZE, TINIEST_SCALE, Grid, to_grid
+from layers.precision.encoding import Encoded, block_sum, per_block
+from layers.precision.grids import FLOAT_MAX, INFINITY, SIZE, TINIEST_SCALE, Grid, to_grid
+
+QUEST_SQUARED = (2.92247856 / 6.0) ** 2
 
 
 def power_of_two(code: Tensor) -> Tensor:
@@ -41,6 +43,11 @@ MX_RULES: dict[str, Callable[[Tensor, Grid], Tensor]] = {
     "ceil": _ceil,
     "even": _even,
 }
+MXFP4_RULES = (*MX_RULES, "quest", "three_quarters")
+
+
+def _floor_code(peak: Tensor, grid: Grid) -> Tensor:
+    return _floor((peak.view(torch.int32) & SIZE).clamp(max=INFINITY), grid)
 
 
 def e8m0(peak: Tensor, grid: Grid, rule: str) -> Tensor:
@@ -51,6 +58,30 @@ def e8m0(peak: Tensor, grid: Grid, rule: str) -> Tensor:
     bits = peak.view(torch.int32) & SIZE  # of NaN: above INFINITY
     code = MX_RULES[rule](bits.clamp(max=INFINITY), grid).clamp(0, 254)
     return torch.where(bits > INFINITY, math.nan, power_of_two(code))
+
+
+def _quest(x: Tensor, dims: tuple[int, ...], peak: Tensor, grid: Grid) -> Tensor:
+    """2^floor(log2(c * std(block))), with c the best clip of a Gaussian on E2M1, 2.92247856 / 6.
+
+    Computed on the block brought near 1, so that no square overflows or vanishes. A block of equal
+    numbers has no spread, an infinite one none that is a number: there "floor" takes over.
+    """
+    floor = _floor_code(peak, grid)
+    exponent = (peak.view(torch.int32) & SIZE).clamp(max=INFINITY - 1) >> 23
+    near_one = x * per_block(power_of_two(254 - exponent))
+    share = 1.0 / math.prod(x.shape[dim] for dim in dims)
+    mean = block_sum(near_one, dims) * share
+    variance = block_sum(near_one * near_one, dims) * share - mean * mean
+    spread = ((variance * QUEST_SQUARED).view(torch.int32) >> 23) - 127
+    code = exponent + (spread >> 1)  # the exponent of a root is half, rounded down
+    return torch.where((variance > 0.0) & (peak <= FLOAT_MAX), code, floor).clamp(0, 254)
+
+
+def _scale(x: Tensor, dims: tuple[int, ...], grid: Grid, rule: str) -> Tensor:
+    peak = x.abs().amax(dims, keepdim=True)
+    if rule == "quest":
+        return torch.where(peak.isnan(), peak, power_of_two(_quest(x, dims, peak, grid)))
+    return e8m0(peak, grid, "floor" if rule == "three_quarters" else rule)
 
 
 def encode_mx(
@@ -67,11 +98,16 @@ def encode_mx(
         x: float32, blocks as a view of any shape.
         dims: the axes that lie inside a block.
         grid: of the elements.
-        rule: a key of `MX_RULES`.
+        rule: a key of `MX_RULES`, or one of `MXFP4_RULES`. "quest" (Quartet, arXiv:2505.14669):
+            by the block's standard deviation, clipping what lies far out. "three_quarters"
+            (arXiv:2502.20586): elements of 3/4 x under the scale of "floor", which never clip;
+            the scale that decodes has the 4/3, so that stochastic rounding leaves x unbiased.
         upper: not read; MX has no scale above its blocks.
         noise: [as x] in (0, 1), for stochastic rounding; None: nearest.
     """
     del upper
-    scale = per_block(e8m0(x.abs().amax(dims, keepdim=True), grid, rule))
+    scale = per_block(_scale(x, dims, grid, rule))
     inverse = per_block(1.0 / scale)  # exact
+    if rule == "three_quarters":
+        return Encoded(to_grid(x * 0.75 * inverse, grid, noise), scale * (4.0 / 3.0))
     return Encoded(to_grid(x * inverse, grid, noise), scale)
