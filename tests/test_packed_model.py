@@ -10,7 +10,8 @@ import zoo
 from layers.linear import ExpertLinear, Linear, ValueTable
 from layers.packing import PackedWeight
 from layers.packing.products import FEW
-from layers.precision import FORMATS, LeafPrecision, QSpec
+from layers.packing.storage import packable
+from layers.precision import LeafPrecision, QSpec
 from zoo.catalogue import FFNS
 from zoo.generate import generate
 from zoo.packing import header_of, pack
@@ -20,7 +21,7 @@ LOW = [name for name in zoo.precisions() if name not in ("fp32", "bf16")]
 every_variant = pytest.mark.parametrize("entry", FFNS, ids=lambda entry: entry.name)
 every_precision = pytest.mark.parametrize("precision", LOW)
 SPECS = [
-    *(row.name for row in FORMATS if row.grid is not None),
+    *packable(),
     {"format": "nvfp4", "tile": "2d"}, {"format": "nvfp4", "scope": "row"},
     {"format": "fp8_e4m3", "scope": "block"}, {"format": "mxfp4", "hadamard": 32},
 ]  # fmt: skip

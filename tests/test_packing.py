@@ -6,14 +6,14 @@ from packed_toys import as_bits
 from torch import nn
 
 from layers.packing import PackedWeight, codes, pack
+from layers.packing.storage import packable
 from layers.packing.weight import native_view
-from layers.precision import FORMATS
 from layers.precision.grids import E1M2, E2M1, E4M3, E5M2, GRIDS
 from layers.precision.quantize import quantize
 from layers.precision.spec import QSpec
 
 SPECS = [
-    *(QSpec(format=row.name) for row in FORMATS if row.grid is not None),
+    *(QSpec(format=name) for name in packable()),
     QSpec(format="mxfp4", scale_rule="rceil"),
     QSpec(format="nvfp4", tile="2d"),
     QSpec(format="nvfp4", scope="row"),

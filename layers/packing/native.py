@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from layers.native import Source
 from layers.packing import bits
-from layers.packing.codes import code_bits, values_by_code
+from layers.packing.codes import values_by_code
 from layers.packing.storage import Storage
 from layers.precision.grids import GRIDS
 
@@ -65,7 +65,8 @@ def _multiply(
     which: Tensor | None,
 ) -> Tensor:  # fmt: skip
     storage = Storage(grid=GRIDS[grid], scale=scale, block=block, rows=rows)
-    kind = SCALES.get(code_bits(storage.grid), {}).get((scale, block))
+    known = storage.bits == 4 or grid in ELEMENTS
+    kind = SCALES[storage.bits].get((scale, block)) if known else None
     if kind is None or x.device.type != "cpu" or not KERNELS.wanted():
         return bits.multiply(x, codes, scales, storage, which)
     x = x.contiguous() if x.dtype is torch.bfloat16 else x.float().contiguous()

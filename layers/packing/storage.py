@@ -10,6 +10,12 @@ from layers.packing import codes as c
 from layers.packing.hif4 import decode_metadata
 from layers.precision.formats import Resolved
 from layers.precision.grids import Grid
+from layers.precision.hif4 import encode_hif4
+from layers.precision.mx import encode_mx
+from layers.precision.nvfp4 import encode_nvfp4, encode_ue5m3
+from layers.precision.row import Encoder
+from layers.precision.rows import FORMATS
+from layers.precision.scaled import encode_scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +75,19 @@ class Storage:
         return scales if self.scale == "fp32" else c.decode_scales(scales, self.scale)
 
 
-# The scale of each block by format: what its `encode` hands back beside the elements.
-BLOCK_SCALES = {
-    "mxfp4": "e8m0",
-    "mxfp6_e2m3": "e8m0",
-    "mxfp6_e3m2": "e8m0",
-    "mxfp8_e4m3": "e8m0",
-    "mxfp8_e5m2": "e8m0",
-    "nvfp4": "ue4m3",
-    "hif4": "hif4",
-    "fp8_e4m3": "fp32",
-    "fp8_e5m2": "fp32",
+# The scale of each block: what an `encode` hands back beside the elements.
+BLOCK_SCALES: dict[Encoder | None, str] = {
+    encode_mx: "e8m0",
+    encode_nvfp4: "ue4m3",
+    encode_ue5m3: "ue5m3",
+    encode_hif4: "hif4",
+    encode_scaled: "fp32",
 }
+
+
+def packable() -> list[str]:
+    """Names of the formats that have codes."""
+    return [row.name for row in FORMATS if row.grid is not None and row.encode in BLOCK_SCALES]
 
 
 def storage_of(r: Resolved) -> Storage:
@@ -90,12 +97,15 @@ def storage_of(r: Resolved) -> Storage:
     does, so that a row is whole by itself; a float once for the tile.
 
     Raises:
-        ValueError: a format that is only a cast, or of which no codes are known here.
+        ValueError: a format that is only a cast, or of which no codes are known here; a rule whose
+            scales the format's own codes cannot say.
     """
     row = r.row
-    if row.grid is None or row.name not in BLOCK_SCALES:
-        raise unknown("format to pack", row.name, BLOCK_SCALES)
-    scale = BLOCK_SCALES[row.name]
+    if row.grid is None or row.encode not in BLOCK_SCALES:
+        raise unknown("format to pack", row.name, packable())
+    if r.rule in row.inexact_rules and row.encode is not encode_scaled:
+        raise ValueError(f"{row.name} with rule {r.rule} has scales that no code of it can say")
+    scale = BLOCK_SCALES[row.encode]
     if scale == "fp32" and r.scope != "block":
         return Storage(grid=row.grid, scale="none")
     rows = row.block if scale == "fp32" and r.spec.tile == "2d" else 1
