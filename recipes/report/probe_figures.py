@@ -64,9 +64,11 @@ def _spread(steps: Sequence[ProbedStep]) -> list[ProbedStep]:
 
 
 def _span(rows: Iterable[ProbedOperand]) -> tuple[float, float]:
-    """Where the colours begin and end: what low formats reach."""
-    low = [r.snr_db for r in rows if r.snr_db is not None and r.format not in HIGH_FORMATS]
-    return (min(low), max(low)) if low and min(low) < max(low) else (0.0, 60.0)
+    """Where the colours begin and end: what low formats reach, but for the outermost 2%."""
+    low = sorted(r.snr_db for r in rows if r.snr_db is not None and r.format not in HIGH_FORMATS)
+    out = len(low) // 50
+    ends = (low[out], low[-1 - out]) if low else (0.0, 0.0)
+    return ends if ends[0] < ends[1] else (0.0, 60.0)
 
 
 def _heat(step: ProbedStep, span: tuple[float, float]) -> Figure:
