@@ -126,6 +126,41 @@ def report(
 
 
 @app.command()
+def quantize(
+    run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
+    options: Annotated[list[str] | None, typer.Argument(
+        metavar="KEY=VALUE...", help="method=rtn|llm_fp4|zeroquant_fp format=NAME out=DIR ...",
+    )] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Quantise a finished run's weights and inputs into a directory of its own."""
+    from recipes import load
+    from recipes import quantize as quantizing
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = quantizing.quantize_run(run, **load.parse(options or []))
+    print(json.dumps(result)) if as_json else quantizing.show(result)
+
+
+@app.command()
+def pack(
+    run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
+    options: Annotated[list[str] | None, typer.Argument(
+        metavar="KEY=VALUE...", help="precision=NAME out=DIR",
+    )] = None,
+) -> None:  # fmt: skip
+    """Store a finished run's low weights as codes and scales, in a directory of its own."""
+    from layers.names import check_choice
+    from recipes import load
+    from recipes.pack import pack_run
+
+    said = load.parse(options or [])
+    for key in said:
+        check_choice("option of pack", key, ("precision", "out"))
+    print(pack_run(run, **said))
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
     prompt: Annotated[str, typer.Option(help="What to go on with.")] = "The ",

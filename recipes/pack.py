@@ -2,25 +2,40 @@
 
 recipe.yaml          the run's
 weights.safetensors  packed, with the precisions that they compute in; `zoo generate` reads it
-pack.json            each packed leaf with its bits, and the bytes of the whole before and after
+pack.json            each packed leaf with its bits, the bytes of the whole and the bits per byte
+                     of text, before and after
 """
 
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from layers.precision import seed_rounding
 from recipes import load, record
+from recipes.data import TextData
+from recipes.metrics import evaluate
+from recipes.schema import Recipe
 from zoo.model import build
 from zoo.packing import PackReport, pack
 from zoo.precision import rounding_seed
 from zoo.pretrained import load_weights, write_weights
 
 
-def pack_run(
-    run: Path | str, *, precision: Any = None, out: Path | str | None = None
-) -> PackReport:
+class PackedRun(NamedTuple):
+    """What `pack_run` made, and what it is worth."""
+
+    report: PackReport
+    bpb_before: float  # on the validation part, in the packed formats but unpacked
+    bpb: float  # packed: the same where matrices are decoded whole
+
+    def __str__(self) -> str:
+        return f"{self.report}\nbits/byte {self.bpb_before:.4f}, packed {self.bpb:.4f}"
+
+
+def pack_run(run: Path | str, *, precision: Any = None, out: Path | str | None = None) -> PackedRun:
     """Write a run with packed weights into a directory of its own.
 
     Args:
@@ -44,7 +59,9 @@ def pack_run(
     model = build(recipe, precision, step=n_steps - 1, max_steps=n_steps)
     load_weights(model, run / "weights.safetensors")
     seed_rounding(model, rounding_seed(recipe.seed, recipe.precision), n_steps)
+    before = _bits_per_byte(model, recipe)
     report = pack(model)
+    packed = PackedRun(report, before, _bits_per_byte(model, recipe))
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -52,8 +69,16 @@ def pack_run(
         shutil.copy(run / "recipe.yaml", part / "recipe.yaml")
         write_weights(model, part / "weights.safetensors")
         (part / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
-        record.write_json(part / "pack.json", asdict(report))
+        bpb = {"before": packed.bpb_before, "after": packed.bpb}
+        record.write_json(part / "pack.json", asdict(report) | {"bpb": bpb})
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return report
+    return packed
+
+
+def _bits_per_byte(model: nn.Module, recipe: Recipe) -> float:
+    """On the validation part, as at the end of a run."""
+    data = TextData(recipe.data, recipe.seed)
+    loader = data.eval_loader("validation", recipe.data.final_bytes_per_domain)
+    return evaluate(model, loader, data.domains).bpb.final().bpb

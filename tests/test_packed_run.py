@@ -29,10 +29,11 @@ def run(tmp_path):
 
 
 def test_a_packed_run_is_small_and_goes_on_with_text(run):
-    report = pack_run(run, precision=LOW)
+    packed = pack_run(run, precision=LOW)
     out = run.with_name("run-packed")
     said = json.loads((out / "pack.json").read_text())
-    assert said["bytes"] == report.bytes
+    assert said["bytes"] == packed.report.bytes
+    assert said["bpb"]["before"] == said["bpb"]["after"] == packed.bpb > 0
     sizes = [(d / "weights.safetensors").stat().st_size for d in (out, run)]
     assert sizes[0] < sizes[1]
     text = continue_text(out, "The ", **DRAW)

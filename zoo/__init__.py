@@ -5,6 +5,7 @@ from zoo.accounting import module_cost
 from zoo.budget import Match, match
 from zoo.describe import Card, describe
 from zoo.model import LanguageModel, ModelConfig, build
+from zoo.packing import PackReport, pack
 from zoo.precision import describe_format, formats, policy_of, precisions, set_precision
 from zoo.registry import cost, create, names, resolve
 
@@ -13,6 +14,7 @@ __all__ = [
     "LanguageModel",
     "Match",
     "ModelConfig",
+    "PackReport",
     "build",
     "cost",
     "create",
@@ -22,6 +24,7 @@ __all__ = [
     "match",
     "module_cost",
     "names",
+    "pack",
     "policy_of",
     "precisions",
     "resolve",

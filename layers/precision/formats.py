@@ -133,5 +133,8 @@ def check_spec(spec: QSpec) -> None:
 
 
 def storage_bits(spec: QSpec) -> float:
-    """Bits per number in store, block scales included; a tensor's one scale does not count."""
-    return format_of(spec.format).bits
+    """Bits per number in store, block scales included; a tensor's or row's scale does not count."""
+    r = resolve(spec)
+    if r.scope != "block":
+        return r.row.bits
+    return r.row.bits + 32 / r.row.block ** (2 if spec.tile == "2d" else 1)

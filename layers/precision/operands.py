@@ -5,8 +5,7 @@ multiplies dy and x. Each operand is written along the axis that its matmul sums
 pass straight through the rounding.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 OPERANDS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
 GEMMS = {"fprop": OPERANDS[0:2], "dgrad": OPERANDS[2:4], "wgrad": OPERANDS[4:6]}
+
+
+_DERIVED: dict[str, Any] = {"init": False, "repr": False, "compare": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,13 @@ class LeafPrecision:
     # whose gradient passes the rounding: every value's, or none where a value was clipped
     straight_through: Literal["all", "unclipped"] = "all"
 
+    # what is asked at every call of a leaf, worked out once; a cached property does not compile
+    is_cast: bool = field(**_DERIVED)  # whether every operand is only cast to `compute`
+    is_random: bool = field(**_DERIVED)  # whether an operand draws from the leaf's random stream
+    given_scales: tuple[str, ...] = field(**_DERIVED)  # operands whose float32 scale the leaf holds
+    row_spec: QSpec = field(**_DERIVED)  # of a looked-up row: `fprop_w`, by itself and not rotated
+    _product_dtypes: dict[str, torch.dtype] = field(**_DERIVED)
+
     def __post_init__(self) -> None:
         check_choice("compute dtype", self.compute, DTYPES)
         check_choice("saved", self.saved, ("original", "quantized"))
@@ -56,43 +65,28 @@ class LeafPrecision:
                     f"{gemm} rotates its operands differently ({a.hadamard} {a.signs}, "
                     f"{b.hadamard} {b.signs}): give both the same hadamard and signs"
                 )
+        for name, value in self._derive().items():
+            object.__setattr__(self, name, value)
+
+    def _derive(self) -> dict[str, Any]:
+        specs = {o: getattr(self, o) for o in OPERANDS}
+        exact = {gemm: all(resolve(specs[o]).exact_in_bf16 for o in GEMMS[gemm]) for gemm in GEMMS}
+        return {
+            "is_cast": all(spec == QSpec(format=self.compute) for spec in specs.values()),
+            "is_random": any(spec.is_random for spec in specs.values()),
+            "given_scales": tuple(o for o in OPERANDS if resolve(specs[o]).given_scale),
+            "row_spec": self.fprop_w.but(hadamard=0, tile="1d"),
+            "_product_dtypes": {g: self.dtype if exact[g] else torch.float32 for g in GEMMS},
+        }
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which decoded operands are multiplied and results handed on."""
         return DTYPES[self.compute]
 
-    @cached_property
-    def is_cast(self) -> bool:
-        """Whether every operand is only cast to `compute`. Asked at every call of a leaf."""
-        return all(getattr(self, o) == QSpec(format=self.compute) for o in OPERANDS)
-
     def product_dtype(self, gemm: str) -> torch.dtype:
         """In which decoded operands are multiplied: float32 where bfloat16 would round one."""
         return self._product_dtypes[gemm]
-
-    @cached_property
-    def _product_dtypes(self) -> dict[str, torch.dtype]:
-        exact = {
-            gemm: all(resolve(getattr(self, o)).exact_in_bf16 for o in operands)
-            for gemm, operands in GEMMS.items()
-        }
-        return {gemm: self.dtype if exact[gemm] else torch.float32 for gemm in GEMMS}
-
-    @cached_property
-    def row_spec(self) -> QSpec:
-        """How a looked-up row is written: as `fprop_w`, by itself and not rotated."""
-        return self.fprop_w.but(hadamard=0, tile="1d")
-
-    @cached_property
-    def is_random(self) -> bool:
-        """Whether an operand draws from the leaf's random stream."""
-        return any(getattr(self, o).is_random for o in OPERANDS)
-
-    @cached_property
-    def given_scales(self) -> tuple[str, ...]:
-        """The operands whose float32 scale the leaf holds."""
-        return tuple(o for o in OPERANDS if resolve(getattr(self, o)).given_scale)
 
     def replacing(self, gemms: tuple[str, ...], by: "LeafPrecision") -> "LeafPrecision":
         """This one with the operands of some matmuls taken from another."""
