@@ -34,7 +34,12 @@ def _run_row(run: Run) -> dict[str, Cell]:
         for name in ("id", "variant", "ffn", "precision", "seed", "steps", "tokens")
     }
     row |= {
+        "lr": run.lr,
         "bpb": final.bpb,
+        "diverged": run.diverged,
+        "diverged_step": run.diverged_step,
+        "spikes": len(run.spike_steps),
+        "sharpness": run.sharpness,
         "nats_per_token": final.nats_per_token,
         "eval_bytes": final.eval_bytes,
         "eval_tokens": final.eval_tokens,
