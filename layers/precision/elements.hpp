@@ -10,9 +10,6 @@ template <bool no_negative_zero_, bool keeps_nan_, bool folds_>
 struct Family {
   static constexpr bool no_negative_zero = no_negative_zero_, keeps_nan = keeps_nan_, folds = folds_;
 };
-using Microscaling = Family<false, false, false>;
-using TwoLevel = Family<true, false, true>;
-using Scaled = Family<false, true, true>;
 
 template <class F, class Round>
 struct Element {
@@ -105,5 +102,31 @@ void across_rows(const float* x, int64_t stride, Out* out, int rows, int n, uint
     for (int c = 0; c < n; c++) store(os + c, element(xs[c], enc[c], dec[c], fold[c], at + uint32_t(c)));
   }
 }
+
+// What the drivers of kernels.cpp call, one for each thread: blocks of one row, or of a band.
+template <class F, class Round, class Out_>
+struct Blocks {
+  using Out = Out_;
+  const Job& job;
+  const Element<F, Round> element;
+  Blocks(const Job& job, const Round& round) : job(job), element{round} {}
+
+  void row(const float* x, Out* out, int64_t n, uint32_t index, Upper above) {
+    if (job.block_cols % kLane)
+      along_row<16>(x, out, n, index, job, above, element);
+    else
+      along_row<kLane>(x, out, n, index, job, above, element);
+  }
+  void band(const float* x, int64_t stride, Out* out, int rows, int n, uint32_t index,
+            Above above) {
+    across_rows(x, stride, out, rows, n, index, job, above, element);
+  }
+};
+template <class Round, class Out>
+using Microscaling = Blocks<Family<false, false, false>, Round, Out>;
+template <class Round, class Out>
+using TwoLevel = Blocks<Family<true, false, true>, Round, Out>;
+template <class Round, class Out>
+using Scaled = Blocks<Family<false, true, true>, Round, Out>;
 
 }  // namespace zoo

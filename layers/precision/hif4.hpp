@@ -1,7 +1,10 @@
 // HiF4 (hif4.py): scales of units of 64, each number's own factors among them.
 #pragma once
 
-#include "rotation.hpp"
+#include <memory>
+
+#include "elements.hpp"
+#include "lanes.hpp"
 
 namespace zoo {
 
@@ -47,22 +50,19 @@ struct StochasticK {
   float operator()(float y, uint32_t index) const { return to_k(y, stream.uniform(index)); }
 };
 
-inline Ints most(Ints a, Ints b) { return a > b ? a : b; }
-
 // One unit along a row: x, enc and dec of 64.
 inline void unit_along_row(const float* x, float* enc, float* dec) {
   int32_t peak[kLanes], peak_4[kUnit], peak_8[kUnit];
   Ints all = {};
   for (int i = 0; i < kUnit; i += kLanes) {
     Ints p = Ints(lanes(x + i)) & kSize;
-    p = most(p, Ints(swapped<1>(Lanes(p))));
-    p = most(p, Ints(swapped<2>(Lanes(p))));
+    p = most_paired<2>(most_paired<1>(p));
     std::memcpy(peak_4 + i, &p, sizeof p);
-    p = most(p, Ints(swapped<4>(Lanes(p))));
+    p = most_paired<4>(p);
     std::memcpy(peak_8 + i, &p, sizeof p);
     all = most(all, p);
   }
-  all = most(all, Ints(swapped<8>(Lanes(all))));
+  all = most_paired<8>(all);
   std::memcpy(peak, &all, sizeof all);
   float scale[kLanes], inverse[kLanes];
   for (int i = 0; i < kLanes; i++) {
@@ -111,20 +111,38 @@ inline void units_down_columns(const float* x, int64_t stride, int rows, int n, 
               &f.enc[j][c], &f.dec[j][c]);
 }
 
-// Units of a tile of at most kUnit rows and kUnitCols columns.
-template <class E, class Out>
-void hif4_tile(const float* x, int64_t stride, Out* out, int rows, int n, uint32_t index,
-               const Job& job, ColumnFactors& f, const E& element) {
-  const bool down = job.axis == -2;
-  if (down) units_down_columns(x, stride, rows, n, f);
-  for (int r = 0; r < rows; r++) {
-    const float* xs = x + r * stride;
-    if (!down) units_along_row(xs, n, f.enc[0], f.dec[0]);
-    const float *enc = f.enc[down ? r / 4 : 0], *dec = f.dec[down ? r / 4 : 0];
-    Out* os = out + r * job.out_cols;
-    const uint32_t at = index + uint32_t(r * job.out_cols);
-    for (int c = 0; c < n; c++) store(os + c, element(xs[c], enc[c], dec[c], 1.0f, at + uint32_t(c)));
+template <class Round, class Out_>
+struct Units {
+  using Out = Out_;
+  const Job& job;
+  const Element<Family<false, false, false>, Round> element;
+  const std::unique_ptr<ColumnFactors> f{new ColumnFactors};
+  Units(const Job& job, const Round& round) : job(job), element{round} {}
+
+  void row(const float* x, Out* out, int64_t n, uint32_t index, Upper) {
+    for (int64_t c = 0; c < n; c += kUnitCols) {
+      const int wide = int(least(kUnitCols, n - c));
+      units_along_row(x + c, wide, f->enc[0], f->dec[0]);
+      put_row(x + c, out + c, wide, index + uint32_t(c), 0);
+    }
   }
-}
+  void band(const float* x, int64_t stride, Out* out, int rows, int n, uint32_t index, Above) {
+    for (int c = 0; c < n; c += kUnitCols) {
+      const int wide = int(least(kUnitCols, n - c));
+      units_down_columns(x + c, stride, rows, wide, *f);
+      for (int r = 0; r < rows; r++) {
+        const int64_t skip = r * job.out_cols + c;
+        put_row(x + r * stride + c, out + skip, wide, index + uint32_t(skip), r / 4);
+      }
+    }
+  }
+
+ private:
+  void put_row(const float* x, Out* out, int n, uint32_t index, int four) const {
+    const float *enc = f->enc[four], *dec = f->dec[four];
+    for (int c = 0; c < n; c++)
+      store(out + c, element(x[c], enc[c], dec[c], 1.0f, index + uint32_t(c)));
+  }
+};
 
 }  // namespace zoo

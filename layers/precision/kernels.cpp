@@ -10,8 +10,10 @@
 #include <omp.h>
 #endif
 
+#include "better.hpp"
 #include "elements.hpp"
 #include "hif4.hpp"
+#include "rotation.hpp"
 
 namespace {
 
@@ -108,7 +110,7 @@ void find_above(const Job& job, Plan& plan) {
   if (job.level == kSegment) {
     const auto found = peaks<In>(job, plan);
     for (size_t i = 0; i < plan.segments.size(); i++) {
-      plan.segments[i].above = upper_of(found[i].load(), job.rule, job.largest);
+      plan.segments[i].above = upper_of(found[i].load(), job.rule, job.top);
       if (int64_t(i) < job.segments) job.scale[i] = plan.segments[i].above.dec;
     }
   }
@@ -116,17 +118,19 @@ void find_above(const Job& job, Plan& plan) {
     const auto found = peaks<In>(job, plan);
     plan.enc.resize(found.size()), plan.dec.resize(found.size());
     for (size_t i = 0; i < found.size(); i++) {
-      const Upper above = upper_of(found[i].load(), job.rule, job.largest);
+      const Upper above = upper_of(found[i].load(), job.rule, job.top);
       plan.enc[i] = above.enc, plan.dec[i] = above.dec;
       if (int64_t(i) < job.segments * job.out_cols) job.scale[i] = above.dec;
     }
   }
 }
 
-template <class In, class E, class Out>
-void quantize(const Job& job, const Plan& plan, const E& element) {
-  Out* const out = static_cast<Out*>(job.out);
+// Fills out with what `Blocks` makes of each row, or of each band of block_rows rows.
+template <class In, class Blocks, class Round>
+void quantize(const Job& job, const Plan& plan, const Round& round) {
+  auto* const out = static_cast<typename Blocks::Out*>(job.out);
   share(job.threads, plan.bands, [&](int64_t first, int64_t last) {
+    Blocks blocks(job, round);
     float enc[kMostCols], dec[kMostCols];
     walk<In>(job, plan, first, last,
              [&](size_t at, int64_t row, int rows, int64_t from, int64_t n, Tile t) {
@@ -134,11 +138,10 @@ void quantize(const Job& job, const Plan& plan, const E& element) {
       const int64_t begin = row * job.out_cols + from;
       if (job.block_rows == 1) {
         if (job.level == kRow) {
-          above = upper_of(peak_of<64>(t.at, n), job.rule, job.largest);
+          above = upper_of(peak_of<64>(t.at, n), job.rule, job.top);
           job.scale[row] = above.dec;
         }
-        const auto by_row = job.block_cols % kLane ? along_row<16, E, Out> : along_row<kLane, E, Out>;
-        return by_row(t.at, out + begin, n, uint32_t(begin), job, above, element);
+        return blocks.row(t.at, out + begin, n, uint32_t(begin), above);
       }
       for (int64_t c = 0; c < n && job.level != kColumn; c++) enc[c] = above.enc, dec[c] = above.dec;
       const size_t column = at * job.out_cols + from;
@@ -146,46 +149,28 @@ void quantize(const Job& job, const Plan& plan, const E& element) {
                                                  : Above{enc, dec};
       for (int r = 0; r < rows; r += job.block_rows) {
         const int64_t skip = r * job.out_cols;
-        across_rows(t.at + r * t.stride, t.stride, out + begin + skip,
-                    int(least(job.block_rows, rows - r)), int(n), uint32_t(begin + skip), job,
-                    columns, element);
+        blocks.band(t.at + r * t.stride, t.stride, out + begin + skip,
+                    int(least(job.block_rows, rows - r)), int(n), uint32_t(begin + skip), columns);
       }
     });
   });
 }
 
-template <class In, class Family, class Out>
+template <class In, template <class, class> class Blocks, class Out>
 void round(const Job& job, const Plan& plan) {
   const Grid grid(job.mantissa_bits, job.min_exponent, job.largest);
   if (job.key)
-    quantize<In, Element<Family, Stochastic>, Out>(job, plan, {{grid, {*job.key, job.operand}}});
+    quantize<In, Blocks<Stochastic, Out>>(job, plan, Stochastic{grid, {*job.key, job.operand}});
   else
-    quantize<In, Element<Family, Nearest>, Out>(job, plan, {{grid}});
-}
-
-template <class In, class E, class Out>
-void quantize_hif4(const Job& job, const Plan& plan, const E& element) {
-  Out* const out = static_cast<Out*>(job.out);
-  share(job.threads, plan.bands, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<ColumnFactors> factors(new ColumnFactors);
-    walk<In>(job, plan, first, last,
-             [&](size_t, int64_t row, int rows, int64_t from, int64_t n, Tile t) {
-      for (int r = 0; r < rows; r += kUnit)
-        for (int64_t c = 0; c < n; c += kUnitCols) {
-          const int64_t begin = (row + r) * job.out_cols + from + c;
-          hif4_tile(t.at + r * t.stride + c, t.stride, out + begin, int(least(kUnit, rows - r)),
-                    int(least(kUnitCols, n - c)), uint32_t(begin), job, *factors, element);
-        }
-    });
-  });
+    quantize<In, Blocks<Nearest, Out>>(job, plan, Nearest{grid});
 }
 
 template <class In, class Out>
 void hif4(const Job& job, const Plan& plan) {
   if (job.key)
-    quantize_hif4<In, Element<Microscaling, StochasticK>, Out>(job, plan, {{{*job.key, job.operand}}});
+    quantize<In, Units<StochasticK, Out>>(job, plan, StochasticK{{*job.key, job.operand}});
   else
-    quantize_hif4<In, Element<Microscaling, HalfAway>, Out>(job, plan, {});
+    quantize<In, Units<HalfAway, Out>>(job, plan, HalfAway{});
 }
 
 // The rotation alone.
@@ -208,6 +193,7 @@ void run(const Job& job, Plan& plan) {
   find_above<In>(job, plan);
   if (job.rule < kTwoLevel) return round<In, Microscaling, Out>(job, plan);
   if (job.rule == kTwoLevel) return round<In, TwoLevel, Out>(job, plan);
+  if (job.rule < kScaled) return round<In, Better, Out>(job, plan);
   round<In, Scaled, Out>(job, plan);
 }
 

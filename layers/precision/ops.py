@@ -11,9 +11,9 @@ from layers.precision.formats import Resolved
 
 _library = torch.library.Library("moe_zoo", "DEF")
 _library.define(
-    "quantize(Tensor x, str rule, int[] block, int[] grid, float largest, int axis, str scope, "
-    "ScalarType dtype, Tensor? ends, Tensor? key, str rounding, int operand, int hadamard, "
-    "str signs, Tensor? scale, bool fold) -> (Tensor, Tensor, Tensor)",
+    "quantize(Tensor x, str rule, int[] integers, float[] floats, int[] block, int axis, "
+    "str scope, ScalarType dtype, Tensor? ends, Tensor? key, str rounding, int operand, "
+    "int hadamard, str signs, Tensor? scale, bool fold) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _GIVEN = ("static", "delayed")
@@ -51,9 +51,9 @@ def _shapes(
 
 
 def _quantize(
-    x: Tensor, rule: str, block: list[int], grid: list[int], largest: float, axis: int, scope: str,
-    dtype: torch.dtype, ends: Tensor | None, key: Tensor | None, rounding: str, operand: int,
-    hadamard: int, signs: str, scale: Tensor | None, fold: bool,
+    x: Tensor, rule: str, integers: list[int], floats: list[float], block: list[int], axis: int,
+    scope: str, dtype: torch.dtype, ends: Tensor | None, key: Tensor | None, rounding: str,
+    operand: int, hadamard: int, signs: str, scale: Tensor | None, fold: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x: [R, C], or [E, R, C] where each leading index is a segment.
 
@@ -72,8 +72,8 @@ def _quantize(
         given = given.float().reshape(-1).expand(n).contiguous()
         scales = torch.empty(n, device=x.device)
     native.run(
-        _rows(x), _rows(out), rule=rule, block=(block[0], block[1]), axis=axis,
-        grid=(grid[0], grid[1], grid[2]), largest=largest, level=level, ends=ends, scale=scales,
+        _rows(x), _rows(out), native.Numbers(rule, tuple(integers), tuple(floats)),
+        block=(block[0], block[1]), axis=axis, level=level, ends=ends, scale=scales,
         given=given, moved=new_ends if moved[0] else None, key=key, rounding=rounding,
         operand=operand, hadamard=hadamard, signs=signs, fold=fold,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _fake(
-    x, rule, block, grid, largest, axis, scope, dtype, ends, key, rounding, operand, hadamard,
+    x, rule, integers, floats, block, axis, scope, dtype, ends, key, rounding, operand, hadamard,
     signs, scale, fold,
 ):  # fmt: skip
     given = scale if scope in _GIVEN else None
@@ -120,14 +120,13 @@ def quantize(
 
     The arguments are those of `layers.precision.quantize.quantize`, blocks and folding as there.
     """
-    grid, rule = r.row.grid, native.rule_of(r)
-    assert grid is not None
-    assert rule is not None
+    numbers = native.numbers_of(r.row, r.rule)
+    assert numbers is not None
     x = x if x.dtype in native.DTYPES else x.float()
     inner = dtype if dtype in native.DTYPES else torch.float32
-    exponents = [grid.mantissa_bits, grid.min_exponent, grid.max_exponent]
     values, found, moved = torch.ops.moe_zoo.quantize.default(
-        x, rule, list(block), exponents, grid.largest, axis, r.scope, inner, ends,
+        x, numbers.rule, list(numbers.integers), list(numbers.floats), list(block), axis, r.scope,
+        inner, ends,
         key if r.spec.is_random else None, r.spec.rounding, operand, r.spec.hadamard, r.spec.signs,
         scale if r.given_scale else None, fold,
     )  # fmt: skip
@@ -142,9 +141,10 @@ def quantize(
 def rotate(x: Tensor, d: int, signs: str, axis: int, ends: Tensor | None, key: Tensor | None,
            gemm: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The rotation alone, float32, and moved ends: for what kernels.cpp does not have beside it."""
-    x = x if x.dtype in native.DTYPES else x.float()
+    x, numbers = x if x.dtype in native.DTYPES else x.float(), native.Numbers()
     values, _, moved = torch.ops.moe_zoo.quantize.default(
-        x, "rotate", [1, 1], [0, 0, 0], 1.0, axis, "", torch.float32, ends,
+        x, numbers.rule, list(numbers.integers), list(numbers.floats), [1, 1], axis, "",
+        torch.float32, ends,
         key if signs == "step" else None, "nearest", 2 * gemm, d, signs, None, False,
     )  # fmt: skip
     return values, moved if axis == -2 and ends is not None else None

@@ -3,23 +3,10 @@
 
 #include <vector>
 
+#include "lanes.hpp"
 #include "scales.hpp"
 
 namespace zoo {
-
-constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-inline Lanes lanes(const float* p) { Lanes v; std::memcpy(&v, p, sizeof v); return v; }
-inline void put(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
-
-// Each lane's partner at distance w.
-template <int w>
-inline Lanes swapped(Lanes v) {
-  return Lanes{v[0 ^ w], v[1 ^ w], v[2 ^ w],  v[3 ^ w],  v[4 ^ w],  v[5 ^ w],  v[6 ^ w],  v[7 ^ w],
-               v[8 ^ w], v[9 ^ w], v[10 ^ w], v[11 ^ w], v[12 ^ w], v[13 ^ w], v[14 ^ w], v[15 ^ w]};
-}
 
 // a + b in the lower lane of a pair, a - b in the upper one.
 template <int w>

@@ -15,9 +15,12 @@ struct MoeZooJob {
   const int64_t* key;    // of the noise; null: round to nearest
   const int64_t* signs_key;
   int64_t rows, cols, stride, segments, out_rows, out_cols;
-  int32_t block_rows, block_cols, axis, rule, level;
-  int32_t mantissa_bits, min_exponent, max_exponent, hadamard, operand;
-  float largest, rotation;  // rotation: 1 / sqrt(hadamard)
+  int32_t block_rows, block_cols, axis, rule, level, hadamard, operand;
+  int32_t mantissa_bits, min_exponent, max_exponent;  // of elements
+  int32_t scale_mantissa_bits, scale_min_exponent;    // of two levels' block scales
+  float largest, scale_largest;
+  float gain, top;  // of blocks: 1 / what the largest magnitude goes to; of what lies above: that
+  float rotation;   // 1 / sqrt(hadamard)
   int32_t x_bf16, out_bf16, fold, threads;
 };
 
@@ -25,7 +28,11 @@ namespace zoo {
 
 using Job = MoeZooJob;
 
-enum Rule { kFloor, kRceil, kCeil, kEven, kTwoLevel, kScaled, kScaledP2, kHiF4, kRotate, kRules };
+enum Rule {
+  kFloor, kRceil, kCeil, kEven,                    // a power of two per block
+  kTwoLevel, kSquares, kSizes, kLargest,           // the last three: the better of two scales
+  kScaled, kScaledP2, kHiF4, kRotate, kRules
+};
 enum Level { kNone, kSegment, kRow, kColumn };  // what one scale above the blocks spans
 
 struct Upper {
@@ -33,13 +40,13 @@ struct Upper {
 };
 
 // encoding.py upper_of, nvfp4.py upper_nvfp4, scaled.py upper_scaled
-inline Upper upper_of(int32_t peak_bits, int32_t rule, float largest) {
-  const float peak = value(peak_bits), top = rule == kTwoLevel ? 448.0f * largest : largest;
+inline Upper upper_of(int32_t peak_bits, int32_t rule, float top) {
+  const float peak = value(peak_bits);
   const bool usable = peak_bits > 0 && peak_bits < kInfinity;
   const float ratio = top / peak;
   Upper u;
   u.enc = usable ? (ratio > kFloatMax ? kFloatMax : ratio) : 1.0f;
-  if (rule == kTwoLevel) {
+  if (rule < kScaled) {
     u.dec = peak / top;
     return u;
   }
@@ -56,7 +63,7 @@ using Scales = void (*)(const int32_t* peak, const float* up, int n, const Job& 
 template <int rule>
 void scales_e8m0(const int32_t* __restrict peak, const float*, int n, const Job& job,
                  float* __restrict enc, float* __restrict dec) {
-  const float inverse_largest = 1.0f / job.largest;
+  const float inverse_largest = job.gain;
   const int32_t top = job.max_exponent, half = 1 << (22 - job.mantissa_bits);
   for (int i = 0; i < n; i++) {
     int32_t code = 0;
@@ -75,18 +82,23 @@ void scales_e8m0(const int32_t* __restrict peak, const float*, int n, const Job&
   }
 }
 
-// nvfp4.py encode_nvfp4
-inline void scales_e4m3(const int32_t* __restrict peak, const float* __restrict up, int n,
-                        const Job& job, float* __restrict enc, float* __restrict dec) {
-  const Grid e4m3(3, -6, 448.0f);
-  const float inverse_largest = 1.0f / job.largest;
+// nvfp4.py raw_scale and scaled_by. more: multiplies what is rounded
+inline void scales_two_level(const int32_t* __restrict peak, const float* __restrict up, int n,
+                             const Job& job, float more, float* __restrict enc,
+                             float* __restrict dec) {
+  const Grid grid(job.scale_mantissa_bits, job.scale_min_exponent, job.scale_largest);
   for (int i = 0; i < n; i++) {
-    float scale = nearest(value(peak[i]) * (up[i] * inverse_largest), e4m3);
-    scale = peak[i] > kInfinity ? value(kNan) : scale;
-    const float inverse = 1.0f / (scale * (1.0f / up[i]));
+    const float raw = value(peak[i]) * (up[i] * job.gain) * more;
+    const int32_t scale = bits(nearest(raw, grid));
+    dec[i] = value((bits(raw) & kSize) > kInfinity ? kNan : scale);
+    const float inverse = 1.0f / (dec[i] * (1.0f / up[i]));
     enc[i] = inverse > kFloatMax ? kFloatMax : inverse;  // keeps NaN
-    dec[i] = scale;
   }
+}
+
+inline void scales_once(const int32_t* __restrict peak, const float* __restrict up, int n,
+                        const Job& job, float* __restrict enc, float* __restrict dec) {
+  scales_two_level(peak, up, n, job, 1.0f, enc, dec);
 }
 
 // scaled.py encode_scaled: each block's own
@@ -94,7 +106,7 @@ template <int rule>
 void scales_own(const int32_t* __restrict peak, const float*, int n, const Job& job,
                 float* __restrict enc, float* __restrict dec) {
   for (int i = 0; i < n; i++) {
-    const Upper own = upper_of(peak[i], rule, job.largest);
+    const Upper own = upper_of(peak[i], rule, job.top);
     enc[i] = own.enc;
     dec[i] = own.dec;
   }
@@ -107,13 +119,21 @@ inline void scales_above(const int32_t*, const float* __restrict up, int n, cons
 }
 
 // Whether blocks have no scale of their own.
-inline bool only_above(const Job& job) { return job.rule >= kScaled && job.level != kNone; }
+inline bool only_above(const Job& job) {
+  return (job.rule == kScaled || job.rule == kScaledP2) && job.level != kNone;
+}
 
 inline Scales scales_of(const Job& job) {
-  static constexpr Scales kScalesOf[] = {
-      scales_e8m0<kFloor>, scales_e8m0<kRceil>, scales_e8m0<kCeil>,    scales_e8m0<kEven>,
-      scales_e4m3,         scales_own<kScaled>, scales_own<kScaledP2>};
-  return only_above(job) ? scales_above : kScalesOf[job.rule];
+  if (only_above(job)) return scales_above;
+  switch (job.rule) {
+    case kFloor: return scales_e8m0<kFloor>;
+    case kRceil: return scales_e8m0<kRceil>;
+    case kCeil: return scales_e8m0<kCeil>;
+    case kEven: return scales_e8m0<kEven>;
+    case kScaled: return scales_own<kScaled>;
+    case kScaledP2: return scales_own<kScaledP2>;
+    default: return scales_once;
+  }
 }
 
 }  // namespace zoo
