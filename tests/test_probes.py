@@ -128,6 +128,7 @@ def specs():
         for rounding, scope, tile in product(f.roundings, f.scopes or (None,), f.tiles):
             try:
                 options = {"rounding": rounding, "scope": scope, "tile": tile, "hadamard": d}
+                options |= {"signs": "step"} if rounding == "stochastic" else {}
                 spec = QSpec.of({"format": f.name, **options})
                 check_spec(spec)
             except ValueError:
@@ -202,6 +203,14 @@ def test_a_value_at_the_top_is_not_clipped():
     x = torch.randn(64, 256) * 0.37
     assert row(x, QSpec(format="fp8_e4m3")).clipped == 0
     assert row(x, QSpec(format="fp8_e4m3", scope="static"), scale=torch.tensor(1e-3)).clipped > 0
+
+
+def test_a_block_whose_scale_becomes_zero_underflows():
+    x = torch.ones(1, 32)
+    x[0, 16:] = 1e-6
+    found = row(x, "nvfp4")
+    assert (found.underflowed, found.clipped) == (16, 0)
+    assert found.scales == {8: 16}
 
 
 # Leaves
