@@ -81,15 +81,19 @@ def instruction_of(spec: QSpec) -> Instruction | None:
 
 
 def check_hardware(p: LeafPrecision, device: torch.device | str) -> None:
-    """Raise unless a device multiplies every low product of a leaf itself.
+    """Raise unless every low product of a leaf has an instruction where the leaf is, or on the GPU.
+
+    For models are built on the CPU and moved; a product on the wrong side is an error by itself.
 
     Raises:
-        ValueError: naming the operand, and what the device has.
+        ValueError: naming the operand, and what each device has.
     """
-    device = torch.device(device)
+    devices = [torch.device(device)]
+    if devices[0].type != "cuda" and torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
     if p.saved != "original":
         raise ValueError(f"backend 'hardware' needs saved 'original', got {p.saved!r}")
-    has = f"{device} has: {', '.join(instructions_on(device)) or 'none'}"
+    has = "; ".join(f"{d} has: {', '.join(instructions_on(d)) or 'none'}" for d in devices)
     for gemm, names in GEMMS.items():
         specs = [getattr(p, name) for name in names]
         if all(spec.is_high for spec in specs):
@@ -97,13 +101,13 @@ def check_hardware(p: LeafPrecision, device: torch.device | str) -> None:
         said = " by ".join(f"{n} {_described(s)}" for n, s in zip(names, specs, strict=True))
         for name, spec in zip(names, specs, strict=True):
             found = instruction_of(spec)
-            if found is None or not found.is_on(device):
+            if found is None or not any(found.is_on(d) for d in devices):
                 raise ValueError(
                     f"backend 'hardware' has no instruction for {name} {_described(spec)}; {has}"
                 )
         if len({instruction_of(spec) for spec in specs}) > 1:
             raise ValueError(f"backend 'hardware' has no instruction for {gemm}, {said}; {has}")
-        if device.type == "cuda" and all(spec.format.endswith("e5m2") for spec in specs):
+        if devices[0].type == "cuda" and all(spec.format.endswith("e5m2") for spec in specs):
             raise ValueError(f"backend 'hardware': {gemm} is {said}, of which one must be E4M3")
 
 
