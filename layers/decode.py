@@ -59,7 +59,7 @@ def native_dtypes(token: Tensor, gate_up: ExpertLinear, down: ExpertLinear) -> C
 def _compute_dtype(given: torch.dtype | None, leaf: ExpertLinear) -> torch.dtype | None:
     """That of a leaf which only casts what it is given; None for one that does more."""
     p = leaf.precision
-    if given is None or not (p is None or p.is_cast):
+    if given is None or leaf.correction is not None or not (p is None or p.is_cast):
         return None
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu")

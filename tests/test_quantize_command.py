@@ -119,8 +119,12 @@ def test_weights_are_rounded_where_the_format_says(run, tmp_path, quick):
         assert leaf.precision.fprop_w.format == low  # which gives the weights back, and packs
 
 
-def test_text_goes_on_from_a_quantised_run(run, tmp_path, quick):
-    quantize_run(run, method="rtn", format="mxfp4", out=tmp_path / "q", **FAST)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("rtn", {"format": "mxfp4"}), ("llm_fp4", {}), ("zeroquant_fp", {"rank": 2})],
+)
+def test_text_goes_on_from_a_quantised_run(run, tmp_path, quick, method, options):
+    quantize_run(run, method=method, out=tmp_path / "q", **options, **FAST)
     say = {"max_new_tokens": 8, "temperature": 0.0, "top_k": None, "seed": 0}
     assert continue_text(tmp_path / "q", "The ", **say) == continue_text(
         tmp_path / "q", "The ", **say

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from layers.posttraining.correction import attach_corrections
 from zoo.packing import HEADER, header_of, make_room, native_tensors
 
 MODEL_TYPE = "moe-zoo"
@@ -103,7 +104,8 @@ def _header(path: Path) -> str | None:
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Fill a module from a safetensors file that holds exactly its tensors.
 
-    A file of packed weights packs the module, and sets the precision of its leaves.
+    A file of packed weights packs the module, and sets the precision of its leaves; one of
+    post-training quantisation brings the corrections of its leaves.
 
     Raises:
         ValueError: for a missing or broken file, a name too many or too few, a wrong shape.
@@ -118,6 +120,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     if header is not None:
         given = {name: _copy(t) for name, t in given.items()}  # no view of the file
         make_room(module, header, given)
+    attach_corrections(module, given)
     own = own_tensors(module)
     for what, names in (("lacks", own.keys() - given), ("has unknown", given.keys() - own)):
         if names:
