@@ -67,7 +67,7 @@ inline void symmetric(float (*bad)[kBetterCols], int n) {
 inline void measure(Candidate& of, int rows, int n, const Job& job) {
   const int wide = (n + kSixteen - 1) / kSixteen * kSixteen;
   const bool largest = job.rule == kLargest, tiles = job.block_rows > 1 && job.block_cols > 1;
-  for (int r = 0; r < kSixteen; r++) {
+  for (int r = 0; r < job.block_rows; r++) {
     const int from = r < rows ? n : 0;
     std::memset(of.bad[r] + from, 0, sizeof(float) * (wide - from));
   }

@@ -64,7 +64,6 @@ class Numbers(NamedTuple):
     floats: tuple[float, ...] = (1.0, 448.0, 1.0, 1.0)  # Job: largest to top
 
 
-@functools.cache
 def numbers_of(row: Format, rule: str) -> Numbers | None:
     """What equals a row's definition under a rule; None where kernels.cpp has nothing."""
     grid = row.grid
