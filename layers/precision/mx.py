@@ -51,13 +51,15 @@ def _floor_code(peak: Tensor, grid: Grid) -> Tensor:
 
 
 def e8m0(peak: Tensor, grid: Grid, rule: str) -> Tensor:
-    """The power of two of each block, float32; NaN where the block holds one.
+    """The power of two of each block, float32; NaN where the block holds one, or an infinity that
+    no element could say: integers times 2^127 are finite.
 
     peak: float32, the largest magnitude of each block; rule: a key of MX_RULES.
     """
     bits = peak.view(torch.int32) & SIZE  # of NaN: above INFINITY
     code = MX_RULES[rule](bits.clamp(max=INFINITY), grid).clamp(0, 254)
-    return torch.where(bits > INFINITY, math.nan, power_of_two(code))
+    largest = INFINITY if grid.max_exponent > 0 else INFINITY - 1
+    return torch.where(bits > largest, math.nan, power_of_two(code))
 
 
 def _quest(x: Tensor, dims: tuple[int, ...], peak: Tensor, grid: Grid) -> Tensor:
@@ -91,8 +93,9 @@ def encode_mx(
     """Microscaling (OCP MX v1.0): elements of `grid` times one power of two per block.
 
     A block with a NaN becomes NaN as a whole. An infinity counts as 2^128 and decodes to
-    infinity; its finite neighbours keep what is left of them under that scale. A zero keeps its
-    sign. Values so near the float32 maximum that they round up to 2^128 become infinite.
+    infinity; its finite neighbours keep what is left of them under that scale. (Integers cannot
+    say so: there an infinity makes its block NaN.) A zero keeps its sign. Values so near the
+    float32 maximum that they round up to 2^128 become infinite.
 
     Args:
         x: float32, blocks as a view of any shape.
