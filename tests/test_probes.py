@@ -418,6 +418,17 @@ def test_compiled_modules_are_refused():
     assert model.head.observer is None
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_a_compiled_function_that_calls_a_leaf_is_refused():
+    layer = leaf()
+    compiled = torch.compile(lambda x: layer(x), backend="eager")
+    x = torch.randn(M, K)
+    expected = compiled(x)
+    with probing(layer), refused("the leaf is compiled, and probes work in eager mode only"):
+        compiled(x)
+    assert torch.equal(compiled(x), expected)
+
+
 def test_reports_round_trip_through_json():
     layer = leaf()
     with probing(layer) as probe:

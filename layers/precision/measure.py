@@ -3,6 +3,7 @@
 The values are those that `quantize` makes, for it and this read the same parts.
 """
 
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from layers.precision.spec import QSpec
 
 # a value that only the float32 rounding of its scale puts beyond the grid is not called clipped
 ROUNDING = 2.0**-20
+LEAST_EXPONENT = -149  # of a float32 above zero
 
 
 class Parts(NamedTuple):
@@ -40,20 +42,26 @@ def measured(
         of the squared error) and scales ({exponent: non-zero elements under such a scale}).
     """
     x, decoded, at_top, scales = parts_of(x, spec, axis, operand, ends, key, scale)
-    finite = x.isfinite() & decoded.isfinite()
     nonzero = x != 0
     clipped = at_top & (decoded != 0) & (x.abs() > decoded.abs() * (1 + ROUNDING))
-    error = torch.where(finite, x - decoded, 0.0)
-    return {
+    counts = {
         "elements": x.numel(),
         "nonzero": int(nonzero.sum()),
         "clipped": int(clipped.sum()),
         "underflowed": int((nonzero & (decoded == 0)).sum()),
-        "nonfinite": int((~finite).sum()),
-        "signal": float(torch.where(finite, x, 0.0).square().sum()),
-        "noise": float(error.square().sum()),
         "scales": {} if scales is None else _exponents(scales[nonzero]),
     }
+    signal, noise = _square_sum(x), _square_sum(x - decoded)
+    if isfinite(signal) and isfinite(noise):
+        return counts | {"nonfinite": 0, "signal": signal, "noise": noise}
+    finite = x.isfinite() & decoded.isfinite()
+    signal, noise = _square_sum(x[finite]), _square_sum((x - decoded)[finite])
+    return counts | {"nonfinite": int((~finite).sum()), "signal": signal, "noise": noise}
+
+
+def _square_sum(x: Tensor) -> float:
+    x = x.reshape(-1)
+    return float(torch.dot(x, x))
 
 
 def parts_of(
@@ -124,7 +132,9 @@ def _spread(upper: Tensor, x: Tensor, ends: Tensor | None) -> Tensor:
 
 
 def _exponents(scales: Tensor) -> dict[int, int]:
-    """How often each floor(log2) occurs; zeros, infinities and NaN have none."""
-    usable = scales[(scales > 0) & scales.isfinite()].double()
-    found, counts = (usable.frexp().exponent - 1).unique(return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    """How often each floor(log2) occurs; zeros, infinities and NaN have none. scales: float32."""
+    usable = scales[(scales > 0) & scales.isfinite()]
+    counts = (usable.frexp().exponent - 1 - LEAST_EXPONENT).bincount()
+    found = counts.nonzero().flatten()
+    exponents = (found + LEAST_EXPONENT).tolist()
+    return dict(zip(exponents, counts[found].tolist(), strict=True))

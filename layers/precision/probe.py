@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from layers.names import check_choice, unknown
 from layers.precision.apply import _block, leaves
@@ -128,10 +129,10 @@ class Probe:
         def observe(
             operand: str, x: Tensor, spec: QSpec, axis: int, given: Mapping[str, Any]
         ) -> None:
-            if torch.compiler.is_compiling():
-                raise ValueError(
-                    f"{name} is probed, which works in eager mode only: do not compile"
-                )
+            # compiling, or run eagerly from inside a compiled function
+            if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
+                what = name or "the leaf"
+                raise ValueError(f"{what} is compiled, and probes work in eager mode only")
             if not self.open or operand not in self.operands:
                 return  # a backward pass may come after the block has ended
             new = Probed(
