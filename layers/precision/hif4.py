@@ -40,7 +40,8 @@ def encode_hif4(
 
     Only the scale before its rounding and the scale's inverse are rounded to bfloat16; products
     are float32. Nearest means half away from zero. Values above 7 scales saturate, by up to 12%
-    of the largest, so that stochastic rounding is unbiased only below that.
+    of the largest; and so do those between 7 and 8 quarters in a four that is not doubled. There
+    stochastic rounding is biased towards zero, which no choice of scales avoids.
 
     An infinity or a NaN makes its unit NaN, for the format has no infinity. A zero keeps its sign;
     a unit of zeros has the scale 2^-48. Numbers below 2^-51 become zero.
