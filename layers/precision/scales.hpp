@@ -65,6 +65,7 @@ void scales_e8m0(const int32_t* __restrict peak, const float*, int n, const Job&
                  float* __restrict enc, float* __restrict dec) {
   const float inverse_largest = job.gain;
   const int32_t top = job.max_exponent, half = 1 << (22 - job.mantissa_bits);
+  const int32_t largest = top > 0 ? kInfinity : kInfinity - 1;  // integers cannot say infinity
   for (int i = 0; i < n; i++) {
     int32_t code = 0;
     if (rule == kFloor) code = (peak[i] >> 23) - top;
@@ -78,7 +79,7 @@ void scales_e8m0(const int32_t* __restrict peak, const float*, int n, const Job&
     code = smaller(larger(code, 0), 254);
     enc[i] = value(larger((254 - code) << 23, kTiniestScale));
     const int32_t scale = larger(code << 23, kTiniestScale);
-    dec[i] = value(peak[i] > kInfinity ? kNan : scale);
+    dec[i] = value(peak[i] > largest ? kNan : scale);
   }
 }
 
