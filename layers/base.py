@@ -27,6 +27,7 @@ class Routing(NamedTuple):
     weights: Tensor  # [T, K] float32, mixing weights
     logits: Tensor  # [T, E] float32, before any normalisation; what `carry` hands on
     losses: dict[str, Tensor]  # as in FFNOutput
+    keep: Tensor | None = None  # [T, K] bool, the choices that hold; None: all. Weight 0 elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ from layers.dispatch import is_decoding
 from layers.moe_plus_plus import Kinds
 from layers.names import check_choice, check_positive
 from routers.balance import heterogeneous_balance_loss, z_loss
-from routers.scores import scores, top_indices
-from routers.top_k import INIT_STD
+from routers.scores import INIT_STD, scores, top_indices
 
 WEIGHTS = ("paper", "released", "topk_softmax")
 

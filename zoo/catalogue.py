@@ -4,8 +4,19 @@ from layers.mlp import MLP, MLPConfig
 from layers.moe import MoE, MoEConfig
 from layers.moe_plus_plus import PRESETS, MoEPlusPlus, MoEPlusPlusConfig
 from layers.swiglu import SwiGLU, SwiGLUConfig
+from routers import deepseek_v2, deepseek_v3, longcat, top_k
+from routers.deepseek_v2 import DeepSeekV2Router, DeepSeekV2RouterConfig
+from routers.deepseek_v3 import DeepSeekV3Router, DeepSeekV3RouterConfig
+from routers.gshard import GShardRouter, GShardRouterConfig
+from routers.llama4 import Llama4Router, Llama4RouterConfig
+from routers.longcat import LongCatRouter, LongCatRouterConfig
+from routers.noisy_top_k import NoisyTopKRouter, NoisyTopKRouterConfig
 from routers.pathway import PathwayRouter, PathwayRouterConfig
+from routers.random import RandomRouter, RandomRouterConfig
+from routers.remoe import ReMoERouter, ReMoERouterConfig
+from routers.sign_hash import SignHashRouter, SignHashRouterConfig
 from routers.top_k import TopKRouter, TopKRouterConfig
+from routers.vmoe import VMoERouter, VMoERouterConfig
 from zoo.entry import Entry
 
 # fmt: off
@@ -48,6 +59,70 @@ ROUTERS = (
         name="top_k", kind="router", module=TopKRouter, config=TopKRouterConfig,
         summary="softmax over the experts, the k largest, renormalised or not",
         paper="arXiv:1701.06538",
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
+        presets=top_k.PRESETS,
+    ),
+    Entry(
+        name="noisy_top_k", kind="router", module=NoisyTopKRouter, config=NoisyTopKRouterConfig,
+        summary="noise of learned size on the logits, losses of importance and load",
+        paper="arXiv:1701.06538",
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="gshard", kind="router", module=GShardRouter, config=GShardRouterConfig,
+        summary="top 2, the second expert kept at random by its weight",
+        paper="arXiv:2006.16668",
+        tiny={"d_model": 16, "n_experts": 4},
+    ),
+    Entry(
+        name="vmoe", kind="router", module=VMoERouter, config=VMoERouterConfig,
+        summary="noise of 1 / E on the logits, weights not renormalised, importance and load",
+        paper="arXiv:2106.05974",
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="deepseek_v2", kind="router", module=DeepSeekV2Router, config=DeepSeekV2RouterConfig,
+        summary="softmax, choice limited to the groups of the largest probabilities",
+        paper="arXiv:2405.04434",
+        tiny={"d_model": 16, "n_experts": 8, "top_k": 2, "n_groups": 4, "top_groups": 2},
+        presets=deepseek_v2.PRESETS,
+    ),
+    Entry(
+        name="deepseek_v3", kind="router", module=DeepSeekV3Router, config=DeepSeekV3RouterConfig,
+        summary="sigmoid, choice limited to groups, balanced by a bias instead of a loss",
+        paper="arXiv:2412.19437",
+        tiny={"d_model": 16, "n_experts": 8, "top_k": 2, "n_groups": 4, "top_groups": 2},
+        presets=deepseek_v3.PRESETS,
+    ),
+    Entry(
+        name="llama4", kind="router", module=Llama4Router, config=Llama4RouterConfig,
+        summary="sigmoid of the chosen logit, which scales the expert's input",
+        paper="https://github.com/meta-llama/llama-models",
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 1},
+    ),
+    Entry(
+        name="remoe", kind="router", module=ReMoERouter, config=ReMoERouterConfig,
+        summary="ReLU as choice and weight, as many experts as are above zero",
+        paper="arXiv:2412.14711",
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="longcat", kind="router", module=LongCatRouter, config=LongCatRouterConfig,
+        summary="softmax over experts and identities, their shares steered by a bias",
+        paper="arXiv:2509.01322",
+        tiny={"d_model": 16, "n_experts": 4, "n_copy": 2, "top_k": 2},
+        presets=longcat.PRESETS,
+    ),
+    Entry(
+        name="sign_hash", kind="router", module=SignHashRouter, config=SignHashRouterConfig,
+        summary="control: experts by a fixed hash of the hidden state, nothing learned",
+        paper="doi:10.1145/509907.509965", aliases=("hash",),
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="random", kind="router", module=RandomRouter, config=RandomRouterConfig,
+        summary="control: experts at random, nothing learned",
+        paper="arXiv:2110.04260",
         tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
     ),
     Entry(
