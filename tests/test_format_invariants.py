@@ -18,12 +18,13 @@ from format_toys import (
     relative_error,
 )
 
+from layers.precision.define import define_parts
 from layers.precision.formats import resolve
 from layers.precision.grids import E1M2, E2M1, E4M3, GRIDS, UE5M3, round_bits, to_grid
 from layers.precision.hif4 import LEAST, MOST, e6m2
 from layers.precision.layout import Blocks
 from layers.precision.mx import MX_RULES, power_of_two
-from layers.precision.quantize import define_parts, fake_quantize, quantize
+from layers.precision.quantize import fake_quantize, quantize
 from layers.precision.spec import QSpec
 
 INF, NAN = torch.inf, torch.nan

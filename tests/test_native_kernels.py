@@ -16,7 +16,8 @@ from layers.native import Source, _load
 from layers.precision import native
 from layers.precision.formats import every_format, format_of, resolve
 from layers.precision.presets import PRESETS
-from layers.precision.quantize import Quantized, _rotated, fake_quantize, quantize
+from layers.precision.quantize import Quantized, fake_quantize, quantize
+from layers.precision.quantize import rotated as rotate
 from layers.precision.spec import QSpec
 
 needs_compiler = pytest.mark.skipif(native.KERNELS.library() is None, reason="no C++ compiler")
@@ -204,7 +205,7 @@ def test_rotation_alone_equals_its_definition(width, signs, axis):
         x = hard(75, 90, width, kind).to(dtype)
         stacked = x[:72].unflatten(0, (3, -1))
         for y, ends in ((x, None), (x, torch.tensor([0, 30, 30, 71])), (stacked, None)):
-            assert_same_bits(*both(lambda y=y, e=ends: _rotated(y, spec, axis, e, KEY, 1)))
+            assert_same_bits(*both(lambda y=y, e=ends: rotate(y, spec, axis, e, KEY, 1)))
 
 
 @needs_compiler

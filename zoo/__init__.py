@@ -7,6 +7,7 @@ from zoo.describe import Card, describe
 from zoo.model import LanguageModel, ModelConfig, build
 from zoo.packing import PackReport, pack
 from zoo.precision import describe_format, formats, policy_of, precisions, set_precision
+from zoo.probing import probe
 from zoo.registry import cost, create, names, resolve
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "pack",
     "policy_of",
     "precisions",
+    "probe",
     "resolve",
     "seed_rounding",
     "set_precision",

@@ -10,10 +10,10 @@ from layers.packing.hif4 import encode_metadata, split_elements
 from layers.packing.native import multiply
 from layers.packing.storage import Storage, storage_of
 from layers.packing.unpack import decode
+from layers.precision.define import define_parts
 from layers.precision.formats import resolve
 from layers.precision.hadamard import rotate, signs_of
 from layers.precision.layout import Blocks
-from layers.precision.quantize import define_parts
 from layers.precision.random import uniform
 from layers.precision.spec import QSpec
 

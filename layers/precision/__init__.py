@@ -6,6 +6,7 @@ from layers.precision.leaf import Leaf
 from layers.precision.operands import LeafPrecision
 from layers.precision.policy import PrecisionPolicy, Rule, Switch
 from layers.precision.presets import PRESETS
+from layers.precision.probe import ProbeReport, probing
 from layers.precision.quantize import fake_quantize, quantize
 from layers.precision.spec import QSpec
 from layers.precision.state import seed_rounding, update_delayed_scales
@@ -19,6 +20,7 @@ __all__ = [
     "Leaf",
     "LeafPrecision",
     "PrecisionPolicy",
+    "ProbeReport",
     "QSpec",
     "Rule",
     "Switch",
@@ -26,6 +28,7 @@ __all__ = [
     "every_format",
     "fake_quantize",
     "leaves",
+    "probing",
     "quantize",
     "register_format",
     "seed_rounding",

@@ -110,7 +110,7 @@ def apply_policy(
         raise ValueError(
             f"where={where!r} matches no leaf, so nothing would change. Leaves: {names}"
         )
-    n_layers = 1 + max((b for n, _ in owned.values() if (b := _block(n)) is not None), default=-1)
+    n_layers = 1 + max((b for n, _ in owned.values() if (b := block_of(n)) is not None), default=-1)
     rows, choices, seen = [], [], set()
     for name, parameter in module.named_parameters(remove_duplicate=False):
         role, rule, precision = (roles or {}).get(name, "other"), None, None
@@ -121,7 +121,7 @@ def apply_policy(
                 precision, rule = policy.resolve(
                     name=leaf_name,
                     role=role,
-                    layer=_block(leaf_name),
+                    layer=block_of(leaf_name),
                     n_layers=n_layers,
                     active=active,
                 )
@@ -143,7 +143,8 @@ def apply_policy(
     return report
 
 
-def _block(name: str) -> int | None:
+def block_of(name: str) -> int | None:
+    """The number of the block that a leaf of that name stands in."""
     found = _BLOCK.search(name)
     return int(found[1]) if found else None
 
@@ -175,7 +176,7 @@ def _refuse_idle_switches(
 ) -> None:
     for number, switch in enumerate(policy.schedule):
         found = any(
-            switch.matches(name=name, role=leaf.role, layer=_block(name), n_layers=n_layers)
+            switch.matches(name=name, role=leaf.role, layer=block_of(name), n_layers=n_layers)
             for name, leaf in owned.values()
         )
         if not found and (n_layers > 0 or switch.rule.layers is None):

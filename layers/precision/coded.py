@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layers.precision.formats import Resolved, resolve
+from layers.precision.define import blocks_of, define_parts
+from layers.precision.formats import resolve
 from layers.precision.hadamard import rotate, signs_of, spread_rows
-from layers.precision.layout import Blocks
-from layers.precision.quantize import define_parts
 from layers.precision.random import uniform
 from layers.precision.spec import QSpec
 
@@ -50,15 +49,10 @@ def encode(
     if spec.rounding != "nearest":
         assert key is not None
         noise = uniform(key, operand, x.shape)
-    (elements, blocks), above = define_parts(x, r, _blocks(r, axis), axis, ends, noise, scale)
+    (elements, blocks), above = define_parts(x, r, blocks_of(r, axis), axis, ends, noise, scale)
     if above is not None and x.dim() == 2 and ends is None:
         above = above.squeeze(0)
     return Coded(elements, blocks, above, moved, spec, axis, dtype)
-
-
-def _blocks(r: Resolved, axis: int) -> Blocks:
-    b = r.row.block
-    return Blocks(b, b) if r.spec.tile == "2d" else Blocks(1, b) if axis == -1 else Blocks(b, 1)
 
 
 class Lanes(NamedTuple):

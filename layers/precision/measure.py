@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layers.precision.define import blocks_of, define_parts
 from layers.precision.formats import Resolved, resolve
 from layers.precision.grids import FLOAT_MAX
 from layers.precision.layout import segments_of
-from layers.precision.quantize import _blocks, _rotated, define_parts
+from layers.precision.quantize import rotated
 from layers.precision.random import uniform
 from layers.precision.spec import QSpec
 
@@ -79,7 +80,7 @@ def parts_of(
         return Parts(exact.double(), decoded.double(), never, None)
     x, moved = x.float(), None
     if spec.hadamard:
-        x, moved = _rotated(x, spec, axis, ends, key, operand // 2)
+        x, moved = rotated(x, spec, axis, ends, key, operand // 2)
         n_rows = n_rows if ends is not None else x.shape[-2]  # whole tiles
     if moved is not None:
         ends, n_rows = moved, int(moved[-1])
@@ -95,7 +96,7 @@ def _decoded(
     if r.spec.rounding != "nearest":
         assert key is not None
         noise = uniform(key, operand, x.shape)
-    (elements, block), upper = define_parts(x, r, _blocks(r, axis), axis, ends, noise, scale)
+    (elements, block), upper = define_parts(x, r, blocks_of(r, axis), axis, ends, noise, scale)
     at_top = elements.abs() >= _top(r, elements)
     decoded = elements.double() if block is None else elements.double() * block.double()
     above = None if upper is None else _spread(upper, x, ends)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from layers.names import check_choice, unknown
-from layers.precision.apply import _block, leaves
+from layers.precision.apply import block_of, leaves
 from layers.precision.leaf import Leaf
 from layers.precision.measure import measured
 from layers.precision.operands import OPERANDS, LeafPrecision
@@ -208,7 +208,7 @@ def chosen_leaves(
     for role in roles:
         if role not in there:
             raise unknown("role to probe", role, there)
-    blocks = {name: _block(name) for name in named}
+    blocks = {name: block_of(name) for name in named}
     n_layers = 1 + max((b for b in blocks.values() if b is not None), default=-1)
     found = {
         name: leaf

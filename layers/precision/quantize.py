@@ -10,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.precision import native, ops
-from layers.precision.encoding import Encoded, Upper
+from layers.precision.define import blocks_of, define, define_parts
 from layers.precision.formats import Resolved, resolve
 from layers.precision.hadamard import rotate, signs_of, spread_rows
-from layers.precision.layout import (
-    Blocks,
-    encode_blocks,
-    encode_segments,
-    segment_peaks,
-    segments_of,
-)
 from layers.precision.random import uniform
 from layers.precision.spec import QSpec
 
@@ -147,13 +140,6 @@ def _last(x: Tensor) -> int:
     return x.shape[-1] if x.dim() else 1
 
 
-def _blocks(r: Resolved, axis: int) -> Blocks:
-    block = r.row.block
-    if r.spec.tile == "2d":
-        return Blocks(block, block)
-    return Blocks(1, block) if axis == -1 else Blocks(block, 1)
-
-
 def _check_float(x: Tensor) -> None:
     if not x.dtype.is_floating_point:
         raise ValueError(f"x must be floating point, got {x.dtype}")
@@ -185,7 +171,7 @@ def _takes_kernels(x: Tensor) -> bool:
     return x.device.type == "cpu" and native.wanted()
 
 
-def _rotated(
+def rotated(
     x: Tensor, spec: QSpec, axis: int, ends: Tensor | None, key: Tensor | None, gemm: int
 ) -> tuple[Tensor, Tensor | None]:
     """The rotated x in float32, and where its segments end now, if rows were added to them."""
@@ -207,11 +193,11 @@ def _encode(
 
     fold: the values times the scale.
     """
-    blocks, moved = _blocks(r, axis), None
+    blocks, moved = blocks_of(r, axis), None
     if native.has(r) and _takes_kernels(x):
         return ops.quantize(x, r, blocks, axis, dtype, ends, key, operand, scale, fold)
     if r.spec.hadamard:
-        x, moved = _rotated(x, r.spec, axis, ends, key, operand // 2)
+        x, moved = rotated(x, r.spec, axis, ends, key, operand // 2)
         ends = ends if moved is None else moved
     x = x.float()
     noise = None
@@ -224,97 +210,6 @@ def _encode(
     return values.to(dtype), found, moved
 
 
-def define(
-    x: Tensor, r: Resolved, blocks: Blocks, axis: int, ends: Tensor | None, noise: Tensor | None,
-    scale: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The definition in torch ops: values, and the scale above the blocks or None.
-
-    x: [R, C] or [E, R, C] float32; the rest as in `quantize`.
-    """
-    encoded, upper = define_parts(x, r, blocks, axis, ends, noise, scale)
-    if encoded.scale is None:
-        return encoded.elements, upper
-    return encoded.elements * encoded.scale, upper
-
-
-def define_parts(
-    x: Tensor, r: Resolved, blocks: Blocks, axis: int, ends: Tensor | None, noise: Tensor | None,
-    scale: Tensor | None,
-) -> tuple[Encoded, Tensor | None]:  # fmt: skip
-    """As `define`, elements and block scales apart: what packed storage keeps."""
-    if r.row.cast is not None:
-        return Encoded(r.row.cast(x, r.rule, noise), None), None
-    segments = x if x.dim() == 3 else x[None]
-    if ends is not None:
-        ends = ends.to(torch.int64)
-    upper = _upper(segments, r, axis, ends, scale)
-    per_row = None if upper is None else upper.encode
-    if x.numel() == 0:
-        return Encoded(x.clone(), None), None if upper is None else _returned(upper, r, axis, ends)
-
-    def encode(
-        view: Tensor, dims: tuple[int, ...], above: Tensor | None, noise: Tensor | None
-    ) -> Encoded:
-        assert r.row.encode is not None
-        assert r.row.grid is not None
-        if r.spec.rounding == "eden":
-            assert r.row.eden is not None
-            assert noise is not None
-            return r.row.eden(view, dims, r.row.grid, above, noise, r.spec.hadamard)
-        return r.row.encode(view, dims, r.row.grid, r.rule, above, noise)
-
-    if ends is not None:
-        if per_row is not None and not (r.scope == "row" and axis == -1):
-            per_row = per_row[segments_of(ends, x.shape[0])]
-        out = encode_segments(x, blocks, encode, ends, per_row, noise)
-    else:
-        if noise is not None and noise.dim() == 2:
-            noise = noise[None]
-        out = encode_blocks(segments, blocks, encode, per_row, noise)
-        out = Encoded(*(None if t is None else t.reshape(x.shape) for t in out))  # pyright: ignore
-    return out, None if upper is None else _returned(upper, r, axis, ends)
-
-
-def _upper(
-    x: Tensor, r: Resolved, axis: int, ends: Tensor | None, scale: Tensor | None
-) -> Upper | None:
-    """The float32 scales above the blocks; None where there are none.
-
-    Without ends [S, r, c] broadcastable to x; with ends [E + 1, c], or [R, 1] by row.
-    """
-    if r.scope in ("", "block", "none"):
-        return None
-    assert r.row.upper is not None
-    assert r.row.grid is not None
-    if r.given_scale:
-        assert scale is not None
-        decode = scale.reshape(-1, 1, 1) if ends is None else F.pad(scale.reshape(-1, 1).expand(
-            ends.shape[0], 1), (0, 0, 0, 1), value=1.0)  # fmt: skip
-        return Upper(1.0 / decode, decode)
-    if ends is None:
-        axes = (axis,) if r.scope == "row" else (-2, -1)
-        peaks = x.abs().amax(axes, keepdim=True) if x.numel() else x.new_zeros(len(x), 1, 1)
-    elif r.scope == "row" and axis == -1:
-        peaks = x[0].abs().amax(-1, keepdim=True)
-    else:
-        segment = segments_of(ends, x.shape[1])
-        peaks = segment_peaks(x[0], segment, ends.shape[0] + 1, by_column=r.scope == "row")
-    return r.row.upper(peaks, r.row.grid, r.rule)
-
-
-def _returned(upper: Upper, r: Resolved, axis: int, ends: Tensor | None) -> Tensor:
-    """The decoding scale in the shape that `quantize` promises."""
-    decode = upper.decode
-    if ends is None:
-        if r.scope != "row":
-            return decode.flatten()
-        return decode
-    if r.scope == "row":
-        return decode if axis == -1 else decode[:-1, None]
-    return decode[:-1].flatten()
-
-
 def unclipped(
     x: Tensor, spec: QSpec, *, axis: int, ends: Tensor | None, key: Tensor | None, operand: int,
     scale: Tensor | None,
@@ -323,9 +218,9 @@ def unclipped(
     r = resolve(spec)
     x, moved = x.detach().float(), None
     if spec.hadamard:
-        x, moved = _rotated(x, spec, axis, ends, key, operand // 2)
+        x, moved = rotated(x, spec, axis, ends, key, operand // 2)
     ends = ends if moved is None else moved
-    out, upper = define_parts(x, r, _blocks(r, axis), axis, ends, None, scale)
+    out, upper = define_parts(x, r, blocks_of(r, axis), axis, ends, None, scale)
     decoded = out.elements if out.scale is None else out.elements * out.scale
     at_top = out.elements.abs() >= r.row.top
     if upper is not None:
