@@ -92,6 +92,8 @@ class ValueTable(Leaf):
     table and costs only the rows touched (precision.md section 10).
     """
 
+    multiplies = False
+
     def __init__(self, n_rows: int, d_out: int, *, role: str):
         super().__init__()
         check_positive(n_rows=n_rows, d_out=d_out)

@@ -14,6 +14,7 @@ from torch import Tensor
 from layers.grouped import grouped_linear
 from layers.packing.products import packed_fprop, packed_rows, usable
 from layers.packing.weight import Packed, PackedWeight
+from layers.precision.coded import Coded, encode
 from layers.precision.hadamard import signs_of, unrotate
 from layers.precision.leaf import Leaf
 from layers.precision.operands import OPERANDS, LeafPrecision
@@ -87,7 +88,10 @@ class _State(NamedTuple):
 
 
 def _state(leaf: Leaf, expert: int | None) -> _State:
+    """An evaluation raises no peaks: they are of training alone."""
     scales, peaks = leaf.operand_scales, leaf.operand_peaks
+    if not leaf.training:
+        peaks = None
     if expert is not None:
         scales, peaks = (None if t is None else t[:, expert] for t in (scales, peaks))
     return _State(leaf.rounding_key, scales, peaks)
@@ -110,7 +114,10 @@ def _packed(
     assert p is not None
     ends = None if counts is None else counts.cumsum(0)
     q = _Operands(p, _state(leaf, expert), leaf.observer, ends)
-    return packed_fprop(q("fprop_x", x, -1), packed, counts, p.product_dtype("fprop")).to(p.dtype)
+    xq = q("fprop_x", x, -1)
+    if isinstance(xq, Coded):
+        raise ValueError("packed weights have no backend 'hardware': set it to 'emulated'")
+    return packed_fprop(xq, packed, counts, p.product_dtype("fprop")).to(p.dtype)
 
 
 class _Operands:
@@ -122,7 +129,7 @@ class _Operands:
     ):  # fmt: skip
         self.p, self.state, self.observer, self.ends = p, state, observer, ends
 
-    def __call__(self, name: str, t: Tensor, axis: int) -> Quantized:
+    def __call__(self, name: str, t: Tensor, axis: int) -> Quantized | Coded:
         """Operand `name` of its matmul, written along `axis`. t: [R, C] or [E, R, C]."""
         number, spec = OPERANDS.index(name), getattr(self.p, name)
         dtype = self.p.product_dtype(name.split("_")[0])
@@ -131,6 +138,8 @@ class _Operands:
             self.observer(name, t, spec, axis, given)
         if spec.scope == "delayed" and self.state.peaks is not None:
             _raise_peak(self.state.peaks[number], t, given["ends"])
+        if self.p.backend == "hardware" and not spec.is_high:
+            return encode(t, spec, axis=axis, dtype=dtype, operand=number, **given)
         return quantize(t, spec, axis=axis, dtype=dtype, operand=number, **given)
 
     def given(self, name: str, t: Tensor) -> dict[str, Any]:
@@ -193,7 +202,8 @@ class _QuantizedMatmul(torch.autograd.Function):
             masks = tuple(unclipped(t, getattr(p, name), axis=-1, operand=OPERANDS.index(name),
                                     **q.given(name, t))
                           for name, t in (("fprop_x", x), ("fprop_w", w)))  # fmt: skip
-        ctx.save_for_backward(*kept, *masks, counts, ends, key, scales, peaks)
+        ctx.save_for_backward(*kept, *masks, counts, ends, key, scales)
+        ctx.peaks = peaks  # raised in place by every call, so no version of it is kept
         ctx.dtypes, ctx.width = (x.dtype, w.dtype), x.shape[-1]
         return fprop(xq, wq, counts).to(p.dtype)
 
@@ -202,9 +212,9 @@ class _QuantizedMatmul(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator hides ctx
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, w, x_mask, w_mask, counts, ends, *state = ctx.saved_tensors
+        x, w, x_mask, w_mask, counts, ends, key, scales = ctx.saved_tensors
         p, dy = ctx.p, grads[0].contiguous()
-        q = _Operands(p, _State(*state), ctx.observer, ends)
+        q = _Operands(p, _State(key, scales, ctx.peaks), ctx.observer, ends)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = dgrad(q("dgrad_dy", dy, -1), q("dgrad_w", w, -2), counts)
@@ -215,8 +225,9 @@ class _QuantizedMatmul(torch.autograd.Function):
         return dx, dw, *[None] * 6
 
 
-def _folded(q: Quantized) -> Tensor:
+def _folded(q: Quantized | Coded) -> Tensor:
     """The values with their scale, in the dtype that holds them."""
+    assert isinstance(q, Quantized)  # check_hardware asks for saved "original"
     if q.scale is None:
         return q.values
     scale = q.scale

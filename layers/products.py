@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from layers.grouped import grouped_mm, grouped_mm_dx, grouped_wgrad, scale_rows_
+from layers.precision import hardware
+from layers.precision.coded import Coded
 from layers.precision.quantize import Quantized
 
 
-def fprop(x: Quantized, w: Quantized, counts: Tensor | None) -> Tensor:
+def fprop(x: Quantized | Coded, w: Quantized | Coded, counts: Tensor | None) -> Tensor:
     """y = x w^T. x: [M, K]; w: [O, K] or [E, O, K]. Returns [M, O]."""
+    if isinstance(x, Coded) and isinstance(w, Coded):
+        return hardware.fprop(x, w, counts)
+    assert isinstance(x, Quantized)
+    assert isinstance(w, Quantized)
     y = x.values @ w.values.mT if counts is None else grouped_mm(x.values, w.values, counts)
     return epilogue(y, x.scale, w.scale, counts)
 
@@ -26,15 +32,25 @@ def epilogue(
     return _scaled_rows(y, x_scale, _transposed(w_scale), counts)
 
 
-def dgrad(dy: Quantized, w: Quantized, counts: Tensor | None) -> Tensor:
+def dgrad(dy: Quantized | Coded, w: Quantized | Coded, counts: Tensor | None) -> Tensor:
     """dx = dy w. dy: [M, O']; w: [O', K] or [E, O', K]. Returns [M, K]."""
+    if isinstance(dy, Coded) and isinstance(w, Coded):
+        return hardware.dgrad(dy, w, counts)
+    assert isinstance(dy, Quantized)
+    assert isinstance(w, Quantized)
     if counts is None:
         return _scaled(dy.values @ w.values, dy.scale, w.scale)
     return _scaled_rows(grouped_mm_dx(dy.values, w.values, counts), dy.scale, w.scale, counts)
 
 
-def wgrad(dy: Quantized, x: Quantized, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
+def wgrad(
+    dy: Quantized | Coded, x: Quantized | Coded, counts: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """dw = dy^T x. dy: [M', O]; x: [M', K]. Returns [O, K] or [E, O, K] in dtype."""
+    if isinstance(dy, Coded) and isinstance(x, Coded):
+        return hardware.wgrad(dy, x, counts, dtype)
+    assert isinstance(dy, Quantized)
+    assert isinstance(x, Quantized)
     if counts is None:
         return _scaled((dy.values.mT @ x.values).to(dtype), _transposed(dy.scale), x.scale)
     if dy.ends is not None:

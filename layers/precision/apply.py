@@ -125,6 +125,7 @@ def apply_policy(
                     n_layers=n_layers,
                     active=active,
                 )
+                _check_backend(leaf_name, leaf, precision)
                 choices.append((leaf, precision))
         rows.append(
             Covered(
@@ -141,6 +142,16 @@ def apply_policy(
     for leaf, precision in choices:
         leaf.precision = precision
     return report
+
+
+def _check_backend(name: str, leaf: Leaf, precision: LeafPrecision) -> None:
+    if precision.backend == "hardware" and leaf.multiplies:
+        from layers.precision.hardware import check_hardware  # which imports what imports this
+
+        try:
+            check_hardware(precision, leaf.device())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def block_of(name: str) -> int | None:

@@ -26,6 +26,7 @@ class Leaf(nn.Module):
     """
 
     role: str
+    multiplies = True  # a table is only read
     rounding_key: Tensor | None
     operand_scales: Tensor | None
     operand_peaks: Tensor | None
@@ -51,7 +52,7 @@ class Leaf(nn.Module):
         self._precision = value
         if value is None:
             return
-        device = self._device()
+        device = self.device()
         if value.is_random and self.rounding_key is None:
             self.rounding_key = torch.zeros(2, dtype=torch.int64, device=device)
         if value.given_scales and self.operand_scales is None:
@@ -60,10 +61,18 @@ class Leaf(nn.Module):
             self.operand_scales = torch.ones(shape, device=device)
             self.operand_peaks = torch.zeros(shape, device=device)
         delayed = [s for o in OPERANDS if (s := getattr(value, o)).scope == "delayed"]
-        if delayed and self.peak_history is None:
-            assert self.operand_scales is not None
-            longest = max(spec.history for spec in delayed)
-            self.peak_history = self.operand_scales.new_zeros(longest, *self.operand_scales.shape)
+        if delayed:
+            self._make_history(max(spec.history for spec in delayed))
+
+    def _make_history(self, steps: int) -> None:
+        """Room for so many steps at least; what is there is kept, the newest first."""
+        scales, before = self.operand_scales, self.peak_history
+        assert scales is not None
+        if before is None:
+            self.peak_history = scales.new_zeros(steps, *scales.shape)
+        elif len(before) < steps:
+            more = before.new_zeros(steps - len(before), *before.shape[1:])
+            self.peak_history = torch.cat((before, more))
 
     def weight_sets(self) -> int | None:
         """How many weights, each with scales of its own, the leaf stacks; None: one, unstacked."""
@@ -82,5 +91,6 @@ class Leaf(nn.Module):
         keys = [(high >> 32 << 32) | shared for high in (step_key, here)]
         self.rounding_key.copy_(torch.tensor(keys, dtype=torch.int64))
 
-    def _device(self) -> Any:
+    def device(self) -> Any:
+        """Where its parameters are; None for a leaf without any."""
         return next((p.device for p in self.parameters()), None)

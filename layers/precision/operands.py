@@ -17,6 +17,7 @@ from layers.precision.spec import HIGH_FORMATS, QSpec
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 OPERANDS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
+BACKENDS = ("emulated", "hardware")
 GEMMS = {"fprop": OPERANDS[0:2], "dgrad": OPERANDS[2:4], "wgrad": OPERANDS[4:6]}
 
 
@@ -42,6 +43,8 @@ class LeafPrecision:
     saved: Literal["original", "quantized"] = "original"
     # whose gradient passes the rounding: every value's, or none where a value was clipped
     straight_through: Literal["all", "unclipped"] = "all"
+    # who multiplies low operands: matmuls of decoded ones, or the device's scaled instructions
+    backend: Literal["emulated", "hardware"] = "emulated"
 
     # what is asked at every call of a leaf, worked out once; a cached property does not compile
     is_cast: bool = field(**_DERIVED)  # whether every operand is only cast to `compute`
@@ -53,6 +56,7 @@ class LeafPrecision:
     def __post_init__(self) -> None:
         check_choice("compute dtype", self.compute, DTYPES)
         check_choice("saved", self.saved, ("original", "quantized"))
+        check_choice("backend", self.backend, BACKENDS)
         check_choice("straight_through", self.straight_through, ("all", "unclipped"))
         if self.straight_through == "unclipped" and self.saved != "quantized":
             raise ValueError("straight_through 'unclipped' needs saved 'quantized': it masks those")
@@ -109,7 +113,7 @@ class LeafPrecision:
         if isinstance(value, LeafPrecision):
             return value
         given: dict[str, Any] = {"all": value} if isinstance(value, str) else dict(value)
-        others = ("compute", "saved", "straight_through")
+        others = ("compute", "saved", "straight_through", "backend")
         allowed = ("all", *others, *OPERANDS)
         for key in given:
             check_choice("field of a leaf's precision", key, allowed)
@@ -130,6 +134,7 @@ class LeafPrecision:
         plain: dict[str, Any] = {"all": first} if same else specs
         usual = first if same and first in HIGH_FORMATS else "bf16"
         rest = {"compute": usual, "saved": "original", "straight_through": "all"}
+        rest |= {"backend": "emulated"}
         said = {key: getattr(self, key) for key in rest if getattr(self, key) != rest[key]}
         if said:
             return plain | said

@@ -7,10 +7,10 @@ never names a format.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from layers.names import check_choice, unknown
-from layers.precision.operands import GEMMS, LeafPrecision
+from layers.precision.operands import BACKENDS, GEMMS, LeafPrecision
 from layers.selection import select_layers
 
 # Never on a coarse grid unless a rule says so by role: a changed score changes which expert runs.
@@ -129,6 +129,10 @@ class PrecisionPolicy:
     strict: bool = True  # a weight of a quantisable role that no leaf owns is an error
     seed: int = 0  # of random rounding and signs, beside the run's own
     schedule: tuple[Switch, ...] = ()  # later ones over earlier ones
+    backend: Literal["emulated", "hardware"] = "emulated"  # of every low product, see LeafPrecision
+
+    def __post_init__(self) -> None:
+        check_choice("backend", self.backend, BACKENDS)
 
     def active(self, step: int, max_steps: int) -> tuple[int, ...]:
         """The switches of the schedule that hold at a step, by number."""
@@ -156,6 +160,8 @@ class PrecisionPolicy:
         for i in active:
             if self.schedule[i].matches(**where):
                 use = use.replacing(self.schedule[i].gemms, self.schedule[i].rule.use)
+        if self.backend != "emulated" and not use.is_cast:
+            use = replace(use, backend=self.backend)
         return use, number
 
     @classmethod
@@ -200,6 +206,8 @@ class PrecisionPolicy:
         }
         if self.seed:
             plain["seed"] = self.seed
+        if self.backend != "emulated":
+            plain["backend"] = self.backend
         if self.schedule:
             plain["schedule"] = [switch.to_plain() for switch in self.schedule]
         return plain
@@ -211,5 +219,6 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "rules": lambda rules: tuple(Rule.of(rule) for rule in rules),
     "strict": bool,
     "seed": int,
+    "backend": str,
     "schedule": lambda switches: tuple(Switch.of(switch) for switch in switches),
 }
