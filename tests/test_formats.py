@@ -1,109 +1,32 @@
-"""What each number format does, to the bit; and that the native kernels do the same."""
+"""What each number format does, to the bit, in worked examples; and the table of formats.
 
-import logging
+What must hold for all of them is in test_format_invariants.py and test_rounding.py.
+"""
+
 import math
-import os
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from format_toys import assert_same_bits, every_spec, hard, kernels, some_specs
 from torch.testing import assert_close
 
-from layers.native import _load
-from layers.precision import native
-from layers.precision.formats import FORMATS, format_of
-from layers.precision.grids import E2M1, E4M3, GRIDS, to_grid
+from layers.native import Source
+from layers.precision import formats, native
+from layers.precision.formats import FORMATS, every_format, format_of, register_format, resolve
+from layers.precision.grids import E2M1, GRIDS, to_grid
 from layers.precision.mx import MX_RULES
-from layers.precision.quantize import Quantized, fake_quantize, quantize
+from layers.precision.quantize import fake_quantize, quantize
+from layers.precision.row import Format
 from layers.precision.spec import QSpec
 
-LOW = [row for row in FORMATS if row.dtype is None]
-SPECS = [
-    QSpec(format=row.name, scale_rule=rule, tile=tile)
-    for row in LOW
-    for rule in row.scale_rules
-    for tile in row.tiles
-]
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-every_spec = pytest.mark.parametrize(
-    "spec", SPECS, ids=lambda spec: f"{spec.format}-{spec.scale_rule}-{spec.tile}"
-)
 every_rule = pytest.mark.parametrize("rule", MX_RULES)
 needs_compiler = pytest.mark.skipif(native.KERNELS.library() is None, reason="no C++ compiler")
 INF, NAN = math.inf, math.nan
 
 
-@contextmanager
-def kernels(mode):
-    """MOE_ZOO_KERNELS=mode inside."""
-    before = os.environ.get("MOE_ZOO_KERNELS")
-    os.environ["MOE_ZOO_KERNELS"] = mode
-    try:
-        yield
-    finally:
-        os.environ.pop("MOE_ZOO_KERNELS")
-        if before is not None:
-            os.environ["MOE_ZOO_KERNELS"] = before
-
-
-def assert_same_bits(a, b):
-    """Equal down to the sign of zero; any NaN equals any NaN."""
-    if isinstance(a, Quantized):
-        assert_same_bits(a.values, b.values)
-        assert (a.scale is None) == (b.scale is None)
-        if a.scale is not None:
-            assert_same_bits(a.scale, b.scale)
-        return
-    assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    assert_close(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan())
-
-
-def hard(rows, cols, seed, kind):
-    """Numbers of every size: Gaussian, all binades, any bits at all, or with special values."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, cols, generator=g)
-    if kind == "binades":
-        x = x * torch.exp2(torch.randint(-149, 127, (rows, cols), generator=g).float())
-    if kind == "bits":
-        x = torch.randint(-(2**31), 2**31, (rows, cols), generator=g).int().view(torch.float32)
-    if kind == "ties":  # few distinct sizes: midpoints of the grids are hit all the time
-        x = torch.randint(-64, 65, (rows, cols), generator=g) / 8 * 2.0 ** float(seed % 40 - 20)
-    if kind == "special":
-        which = torch.randint(0, 40, (rows, cols), generator=g)
-        for index, value in enumerate((0.0, -0.0, 1e-45, -1e-40, 3e38, INF, -INF, NAN)):
-            x[which == index] = value
-    return x
-
-
 # --- grids ---------------------------------------------------------------------------------------
-
-
-def test_grids_decode_to_their_tables():
-    assert E2M1.magnitudes() == (0, 0.5, 1, 1.5, 2, 3, 4, 6)
-    e4m3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    assert E4M3.magnitudes() == tuple(e4m3.tolist())
-    assert (E2M1.max_exponent, E4M3.max_exponent) == (2, 8)
-
-
-@every_grid
-def test_rounding_is_nearest_ties_to_even_code(grid):
-    """By brute force: all values, all midpoints, their float32 neighbours, both signs."""
-    table = torch.tensor(grid.magnitudes(), dtype=torch.float64)
-    points = torch.cat([table, (table[1:] + table[:-1]) / 2, table[-1:] * 1.5]).float()
-    points = torch.cat([points, *(points.nextafter(torch.tensor(to)) for to in (-INF, INF))])
-    points = torch.cat([points, -points])
-    distance = (points.double().abs()[:, None] - table).abs()
-    nearest = distance == distance.amin(1, keepdim=True)
-    even = nearest & (torch.arange(len(table)) % 2 == 0)
-    if grid.mantissa_bits == 0:  # to the even number of steps: 2 of the lower binade, or 0
-        index = torch.arange(len(table))
-        even = nearest & ((index != 1) & (nearest.cumsum(1) == 2) | (index == 0))
-    code = torch.where(nearest.sum(1) > 1, even.int().argmax(1), nearest.int().argmax(1))
-    expected = table[code].float().copysign(points)
-    assert_same_bits(to_grid(points, grid), expected)
 
 
 @every_grid
@@ -154,20 +77,6 @@ def test_mx_worked_example():
     assert_same_bits(got, torch.tensor([6.0, -0.0, 0.5, 4.0, -0.0, 1.0]))
 
 
-@every_rule
-def test_mx_is_idempotent(rule):
-    q = fake_quantize(hard(64, 96, 1, "binades"), "mxfp4", scale_rule=rule)
-    assert_same_bits(fake_quantize(q, "mxfp4", scale_rule=rule), q)
-
-
-@pytest.mark.parametrize("rule", ["rceil", "ceil"])
-def test_mx_rules_that_round_up_never_clip(rule):
-    x = torch.randn(4096, 32)
-    error = (fake_quantize(x, "mxfp4", scale_rule=rule) - x).abs().amax(1)
-    step = torch.tensor([2.0 ** mx_exponent(a, rule) for a in x.abs().amax(1).tolist()])
-    assert (error <= step).all()  # half the widest step, which is 2
-
-
 def test_mx_corner_cases():
     x = torch.zeros(6, 64)
     x[0, :32] = -0.0
@@ -215,26 +124,6 @@ def test_nvfp4_corner_cases():
     assert fake_quantize(torch.zeros(4, 32), "nvfp4").equal(torch.zeros(4, 32))
 
 
-@pytest.mark.parametrize("amax", [1e-45, 1e-38, 1e-30, 1e30, 3.4028234663852886e38])
-def test_nvfp4_at_the_ends_of_float32(amax):
-    x = torch.randn(32, 64).clamp(-1, 1) * amax
-    x[0, 0] = amax
-    q = fake_quantize(x, "nvfp4")
-    assert q.isfinite().all()
-    assert q.abs().amax() <= 1.07 * amax if amax > 1e-40 else True
-
-
-def test_nvfp4_tile_is_the_same_both_ways():
-    w = hard(48, 80, 2, "gauss") * torch.exp2(torch.randint(-4, 4, (48, 1)).float())
-    spec = QSpec(format="nvfp4", tile="2d")
-    by_k = quantize(w, spec, axis=-1, dtype=torch.float32)
-    by_n = quantize(w, spec, axis=-2, dtype=torch.float32)
-    flipped = quantize(w.T.contiguous(), spec, axis=-1, dtype=torch.float32)
-    assert_same_bits(by_k, by_n)
-    assert_same_bits(by_k.values, flipped.values.T.contiguous())
-    assert not by_k.values.equal(quantize(w, "nvfp4", axis=-1, dtype=torch.float32).values)
-
-
 def test_nvfp4_has_one_tensor_scale_for_all_of_a_tensor():
     x = torch.randn(3, 5, 32)
     whole = fake_quantize(x, "nvfp4")
@@ -245,63 +134,70 @@ def test_nvfp4_has_one_tensor_scale_for_all_of_a_tensor():
     assert_same_bits(tiled, expected)
 
 
+# --- HiF4 and others -----------------------------------------------------------------------------
+
+
+def test_hif4_worked_example():
+    x = torch.zeros(64)
+    x[:6] = torch.tensor([6.9, -3.6, 0.9, -0.0, 1.9, 1.3])  # a four at the top, and its neighbour
+    x[8:10] = torch.tensor([0.12, -0.13])
+    q = fake_quantize(x, "hif4")  # 6.9 / 7 rounds to 1: the scale
+    assert q[:6].tolist() == [7.0, -4.0, 1.0, -0.0, 2.0, 1.5]  # steps of 1, then of 0.5
+    assert q[3].signbit()
+    assert q[8:10].tolist() == [0.0, -0.25]  # steps of 0.25; half of one goes up
+    assert not q[10:].any()
+
+
+def test_hif4_corner_cases():
+    x = torch.zeros(6, 64)
+    x[1, 3], x[2, 3] = INF, NAN
+    x[3, :2] = torch.tensor([1e38, 1.0])
+    x[4, :3] = torch.tensor([2.0**-51, 2.0**-52, -(2.0**-50)])  # the smallest scale is 2^-48
+    x[5, :2] = torch.tensor([3.4e38, -0.0])
+    q = fake_quantize(x, "hif4")
+    assert not q[0].any()
+    assert q[1:3].isnan().all()  # the whole unit
+    assert q[3, :2].tolist() == [344064.0, 0.0]  # 1.3125 * 2^18
+    assert q[4, :3].tolist() == [2.0**-50, 0.0, -(2.0**-50)]  # half a step goes up
+    assert q[5, :2].tolist() == [344064.0, 0.0]
+    assert q[5, 1].signbit()
+
+
+def test_quest_takes_equal_numbers_by_their_size():
+    x = torch.full((1, 32), 5.0)
+    assert fake_quantize(x, "mxfp4", scale_rule="quest").equal(torch.full((1, 32), 4.0))
+    x = torch.randn(1, 32)
+    x[0, 3] = 100.0  # far out: clipped, so that the others keep their digits
+    q = fake_quantize(x, "mxfp4", scale_rule="quest")
+    assert q[0, 3] < 60
+    floor = fake_quantize(x, "mxfp4")
+    assert (q[0, 4:] - x[0, 4:]).abs().mean() < (floor[0, 4:] - x[0, 4:]).abs().mean()
+
+
+def test_three_quarters_by_hand():
+    x = torch.zeros(1, 32)
+    x[0, :3] = torch.tensor([7.9, 4.0, -1.0])  # times 3/4: 5.925, 3, -0.75
+    q = fake_quantize(x, "mxfp4", scale_rule="three_quarters")
+    assert_close(q[0, :3], torch.tensor([8.0, 4.0, -4 / 3]))
+
+
+def test_tensor_scales_may_be_left_out():
+    """NVFP4 alone ends at 448 * 6 and loses small blocks; UE5M3 reaches further both ways."""
+    x = torch.ones(4, 16) * torch.tensor([1e5, 1.0, 1e-3, 1e-4])[:, None]
+    plain = fake_quantize(x, "nvfp4", scope="none")
+    assert plain[:, 0].tolist() == pytest.approx([2688.0, 1.0, 0.0, 0.0], rel=0.1)
+    wide = fake_quantize(x, "nvfp4_ue5m3", scope="none")
+    assert wide[:, 0].tolist() == pytest.approx(x[:, 0].tolist(), rel=0.1)
+    top = torch.full((1, 16), 6e5)
+    assert fake_quantize(top, "nvfp4_ue5m3", scope="none")[0, 0] == pytest.approx(6e5, rel=0.1)
+    capped = fake_quantize(top, "nvfp4_ue5m3", scope="none", scale_rule="max61440")
+    assert capped[0, 0] == 6 * 61440
+
+
 # --- what holds for every format -----------------------------------------------------------------
 
 
-@every_spec
-@pytest.mark.parametrize("axis", [-1, -2])
-def test_equivariance(spec, axis):
-    """Under the sign, powers of two, and permutations inside a block."""
-    x = torch.randn(64, 64)
-
-    def q(x):
-        return quantize(x, spec, axis=axis, dtype=torch.float32)
-
-    base = q(x)
-    assert_same_bits(q(-x).values + 0.0, -base.values + 0.0)
-    scaled = q(x * 2.0**9)
-    in_full = base.values * (1.0 if base.scale is None else base.scale)
-    scaled_in_full = scaled.values * (1.0 if scaled.scale is None else scaled.scale)
-    assert_same_bits(scaled_in_full, in_full * 2.0**9)
-    order = torch.arange(64).reshape(-1, 16).flip(1).flatten()
-    assert_same_bits(q(x.index_select(axis, order)).values, base.values.index_select(axis, order))
-
-
-@every_spec
-def test_values_are_exact_in_bfloat16_and_few(spec):
-    x = hard(64, 96, 3, "binades")
-    if spec.format == "nvfp4":
-        x = hard(64, 96, 3, "gauss") * torch.exp2(torch.randint(-9, 1, (64, 96)).float())
-    wide = quantize(x, spec, axis=-1, dtype=torch.float32).values
-    narrow = quantize(x, spec, axis=-1, dtype=torch.bfloat16).values
-    assert narrow.dtype == torch.bfloat16
-    assert_same_bits(narrow.float(), wide)
-    block = 16 if spec.format == "nvfp4" else 32
-    levels = [len(row.unique()) for row in wide.reshape(-1, block)]
-    assert max(levels) <= 15
-    one_block = fake_quantize(torch.linspace(-1, 1, block).expand(block, block), spec)
-    assert len(one_block.unique()) > 8
-
-
-@pytest.mark.parametrize(
-    ("name", "rule", "tile", "expected"),
-    [
-        ("mxfp4", "floor", "1d", 0.01320),
-        ("mxfp4", "rceil", "1d", 0.01334),
-        ("mxfp4", "ceil", "1d", 0.02079),
-        ("mxfp4", "even", "1d", 0.01252),
-        ("nvfp4", "max", "1d", 0.00906),
-        ("nvfp4", "max", "2d", 0.01240),
-    ],
-)
-def test_relative_error_on_gaussian_numbers(name, rule, tile, expected):
-    x = torch.randn(1024, 1024)
-    q = fake_quantize(x, name, scale_rule=rule, tile=tile)
-    error = ((q - x).double().square().mean() / x.double().square().mean()).item()
-    assert error == pytest.approx(expected, rel=0.02)
-
-
-@every_spec
+@some_specs
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("mode", ["torch", "native"])
 def test_segments_equal_a_loop(spec, axis, mode):
@@ -341,7 +237,7 @@ def test_rows_past_the_last_end_disturb_nobody(mode):
                     assert_same_bits(got.scale, alone.scale)
 
 
-@every_spec
+@some_specs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_types_are_computed_in_float32(spec, dtype):
     x = hard(20, 37, 5, "gauss").to(dtype)
@@ -353,7 +249,7 @@ def test_other_types_are_computed_in_float32(spec, dtype):
 @every_spec
 def test_a_short_last_block_sees_zeros(spec):
     x = torch.randn(5, 37)
-    padded = torch.nn.functional.pad(x, (0, 27, 0, 11))
+    padded = torch.nn.functional.pad(x, (0, 91, 0, 123))
     assert_same_bits(fake_quantize(x, spec), fake_quantize(padded, spec)[:5, :37])
     if spec.tile == "1d":
         assert_same_bits(fake_quantize(x[0, 0], spec), fake_quantize(x[0, :1], spec)[0])
@@ -395,16 +291,71 @@ def test_high_formats_only_cast():
     assert fake_quantize(x, "bf16").equal(x.bfloat16().float())
 
 
+BITS = {
+    "fp32": 32, "bf16": 16, "e8m7": 16, "e8m3": 12, "hifloat8": 8, "fp8_e4m3": 8, "fp8_e5m2": 8,
+    "fp4_e3m0": 4, "fp4_e2m1": 4, "fp4_e1m2": 4, "int4": 4, "mxint8": 8.25, "mxfp8_e4m3": 8.25,
+    "mxfp6_e2m3": 6.25, "mxfp4": 4.25, "mxint4": 4.25, "nvfp4": 4.5, "nvfp4_ue5m3": 4.5,
+    "nvint4": 4.5, "if4": 4.5, "hif4": 4.5,
+}  # fmt: skip
+
+
 def test_table():
     names = [row.name for row in FORMATS]
-    assert len(set(names)) == len(names) >= 4
+    assert len(set(names)) == len(names)
+    assert set(names) >= set(BITS)
     for row in FORMATS:
         assert format_of(row.name) is row
-        assert (row.dtype is None) == (row.encode is not None) == (row.grid is not None)
         assert row.summary
         assert row.paper
-    assert [format_of(n).bits for n in ("fp32", "bf16", "mxfp4", "nvfp4")] == [32, 16, 4.25, 4.5]
-    assert format_of("mxfp4").scale_rules[0] == "floor"
+    assert {name: format_of(name).bits for name in BITS} == BITS
+    first = {name: format_of(name).scale_rules[0] for name in ("mxfp4", "nvfp4", "e8m3", "if4")}
+    assert first == {"mxfp4": "floor", "nvfp4": "max", "e8m3": "nearest", "if4": "mse"}
+    inexact = {row.name for row in FORMATS if not row.exact_in_bf16}
+    assert inexact == {"fp32", "if4"}
+    assert not resolve(QSpec(format="int4")).exact_in_bf16  # its own scales are float32
+    assert resolve(QSpec(format="int4", scope="tensor")).exact_in_bf16
+    assert not resolve(QSpec(format="mxfp4", scale_rule="three_quarters")).exact_in_bf16
+
+
+def ternary(name):
+    """A row that another package might add: -1, 0, 1."""
+    return Format(
+        name=name, bits=2, cast=lambda x, rule, noise: x.round().clamp(-1, 1),
+        roundings=("nearest",), summary="signs and zeros", paper="none",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table of formats, to be added to for one test."""
+    monkeypatch.setattr(formats, "_table", dict(formats._table))
+    formats._read_entry_points.cache_clear()
+    yield
+    formats._read_entry_points.cache_clear()
+
+
+@pytest.mark.usefixtures("table")
+def test_another_package_registers_a_format():
+    row = register_format(ternary("ternary"))
+    assert every_format()[-1] is row
+    assert fake_quantize(torch.tensor([0.2, -3.0, 0.7]), "ternary").tolist() == [0, -1, 1]
+    with pytest.raises(ValueError, match="two formats are named 'ternary': rename one"):
+        register_format(row)
+    with pytest.raises(ValueError, match="needs dtype, or cast, or grid and encode"):
+        Format(name="nothing", bits=1, summary="no way there", paper="none")
+
+
+@pytest.mark.usefixtures("table")
+def test_entry_points_may_hold_formats(monkeypatch):
+    class Point:
+        def load(self):
+            return [ternary("theirs"), "an Entry, say"]
+
+    monkeypatch.setattr(formats, "entry_points", lambda group: [Point()])
+    assert format_of("theirs").bits == 2
+    assert [row.name for row in every_format()].count("theirs") == 1
+    with pytest.raises(ValueError, match="Did you mean 'theirs'"):
+        format_of("their")
 
 
 @pytest.mark.parametrize(
@@ -415,6 +366,9 @@ def test_table():
         (lambda x: fake_quantize(x, "bf16", scale_rule="floor"), "scale rule of bf16"),
         (lambda x: fake_quantize(x, "mxfp4", tile="2d"), "unknown tile of mxfp4 '2d'"),
         (lambda x: fake_quantize(x[0], "nvfp4", tile="2d"), "at least two axes"),
+        (lambda x: fake_quantize(x, "hif4", tile="2d"), "unknown tile of hif4 '2d'"),
+        (lambda x: fake_quantize(x, "nvfp4", scale_rule="4over5"), "Did you mean '4over6'"),
+        (lambda x: fake_quantize(x, "hif4", scope="row"), "unknown scope of hif4"),
         (lambda x: fake_quantize(x.int(), "nvfp4"), "floating point"),
         (lambda x: quantize(x, "nvfp4", axis=0, dtype=torch.float32), "axis must be -1 or -2"),
         (lambda x: quantize(x[0], "nvfp4", axis=-1, dtype=torch.float32), r"x must be \[R, C\]"),
@@ -434,51 +388,6 @@ def test_errors(call, message):
 # --- native kernels and compiled graphs ----------------------------------------------------------
 
 
-def both(function):
-    """The result of the torch ops and of the native kernel."""
-    results = []
-    for mode in ("torch", "native"):
-        with kernels(mode):
-            results.append(function())
-    return results
-
-
-@needs_compiler
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(
-    spec=st.sampled_from(SPECS),
-    rows=st.integers(1, 70),
-    cols=st.integers(1, 90),
-    kind=st.sampled_from(["gauss", "binades", "bits", "ties", "special"]),
-    seed=st.integers(0, 2**20),
-    axis=st.sampled_from([-1, -2]),
-    types=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float64])] * 2),
-    cuts=st.lists(st.integers(0, 70), max_size=4),
-)
-def test_native_equals_torch(spec, rows, cols, kind, seed, axis, types, cuts):
-    x = hard(rows, cols, seed, kind).to(types[0])
-    ends = torch.tensor(sorted(min(cut, rows) for cut in cuts)) if cuts else None
-    assert_same_bits(*both(lambda: quantize(x, spec, axis=axis, dtype=types[1], ends=ends)))
-    assert_same_bits(*both(lambda: fake_quantize(x, spec)))
-
-
-@needs_compiler
-@every_spec
-def test_native_equals_torch_on_wide_rows_threads_and_views(spec):
-    """Wider than what the kernel holds at once, on two threads, with a row stride, transposed."""
-    x = hard(70, 4300, 6, "binades")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for view in (x, x[:, 7:4290], x.T, x[:, :1], x[:64].view(2, 32, 4300)):
-            for axis in (-1, -2):
-                assert_same_bits(
-                    *both(lambda v=view, a=axis: quantize(v, spec, axis=a, dtype=torch.float32))
-                )
-    finally:
-        torch.set_num_threads(threads)
-
-
 @needs_compiler
 @pytest.mark.parametrize("ends", [[3, 2], [0, 9], [-1, 4]])
 def test_native_refuses_bad_ends(ends):
@@ -486,24 +395,27 @@ def test_native_refuses_bad_ends(ends):
         quantize(torch.randn(8, 32), "mxfp4", axis=-1, dtype=torch.float32, ends=torch.tensor(ends))
 
 
-def everything(x, ends):
-    """Each kind of graph once: rows, columns, tiles; with segments and without."""
-    columns = quantize(x, "mxfp4", axis=-2, dtype=torch.bfloat16)
-    segments = quantize(x, "nvfp4", axis=-2, dtype=torch.float32, ends=ends)
-    tiles = fake_quantize(x, "nvfp4", tile="2d")
-    rows = fake_quantize(x, "mxfp4", scale_rule="rceil")
-    return columns.values, segments.values, segments.scale, tiles, rows
+ENCODERS = [  # each once, and each way through it
+    *(QSpec(format=name) for name in ("e8m3", "hifloat8", "int4", "mxfp4", "nvfp4", "if4", "hif4")),
+    QSpec(format="mxfp4", scale_rule="quest"),
+    QSpec(format="nvfp4", scale_rule="4over6", tile="2d"),
+    QSpec(format="nvfp4", rounding="eden", hadamard=32, signs="step"),
+    QSpec(format="e8m3", rounding="stochastic"),
+]
 
 
-@pytest.mark.parametrize(("mode", "backend"), [("torch", "inductor"), ("native", "aot_eager")])
-@needs_compiler
-def test_compiled_equals_eager(mode, backend):
-    x = torch.cat([hard(23, 70, 7, kind) for kind in ("gauss", "binades", "special")])
-    ends = torch.tensor([0, 20, 20, 65])
+def test_every_encoder_is_one_graph():
     torch._dynamo.reset()
-    with kernels(mode):
-        compiled = torch.compile(everything, fullgraph=True, backend=backend, dynamic=False)
-        for got, expected in zip(compiled(x, ends), everything(x, ends), strict=True):
+
+    def everything(x, key):
+        return [
+            quantize(x, spec, axis=-2, dtype=torch.float32, key=key).values for spec in ENCODERS
+        ]
+
+    x, key = hard(20, 70, 7, "special"), torch.tensor(5)
+    with kernels("torch"):
+        compiled = torch.compile(everything, fullgraph=True, backend="aot_eager", dynamic=False)
+        for got, expected in zip(compiled(x, key), everything(x, key), strict=True):
             assert_same_bits(got, expected)
 
 
@@ -524,9 +436,11 @@ def test_compiled_gradient_and_changing_sizes():
 
 @needs_compiler
 def test_two_builders_at_once_leave_one_library(tmp_path):
-    found = []
+    text = tmp_path / "small.cpp"
+    text.write_text('extern "C" int moe_zoo_small() { return 1; }')
+    source, found = Source(text, ()), []
     builders = [
-        threading.Thread(target=lambda: found.append(native.KERNELS.build(tmp_path)))
+        threading.Thread(target=lambda: found.append(source.build(tmp_path / "built")))
         for _ in range(2)
     ]
     for builder in builders:
@@ -534,24 +448,5 @@ def test_two_builders_at_once_leave_one_library(tmp_path):
     for builder in builders:
         builder.join()
     assert len(found) == 2
-    assert set(found) == set(tmp_path.iterdir())
-    assert native.KERNELS.build(tmp_path) == found[0]
-
-
-def test_without_a_compiler_torch_ops_do_the_same(monkeypatch, caplog):
-    x = torch.randn(8, 64)
-    expected = fake_quantize(x, "nvfp4")
-    _load.cache_clear()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    try:
-        with caplog.at_level(logging.WARNING), kernels("auto"):
-            assert_same_bits(fake_quantize(x, "nvfp4"), expected)
-            assert_same_bits(fake_quantize(x, "nvfp4"), expected)
-        assert len(caplog.records) == 1
-        assert "no-such-compiler" in caplog.text
-        with kernels("native"), pytest.raises(RuntimeError, match="does not build"):
-            fake_quantize(x, "nvfp4")
-    finally:
-        _load.cache_clear()
-    with kernels("fastest"), pytest.raises(ValueError, match="MOE_ZOO_KERNELS"):
-        fake_quantize(x, "nvfp4")
+    assert set(found) == set((tmp_path / "built").iterdir())
+    assert source.build(tmp_path / "built") == found[0]

@@ -71,7 +71,7 @@ def _quest(x: Tensor, dims: tuple[int, ...], peak: Tensor, grid: Grid) -> Tensor
     floor = _floor_code(peak, grid)
     exponent = (peak.view(torch.int32) & SIZE).clamp(max=INFINITY - 1) >> 23
     near_one = x * per_block(power_of_two(254 - exponent))
-    share = 1.0 / math.prod(x.shape[dim] for dim in dims)
+    share = 1.0 / math.prod([x.shape[dim] for dim in dims])
     mean = block_sum(near_one, dims) * share
     variance = block_sum(near_one * near_one, dims) * share - mean * mean
     spread = ((variance * QUEST_SQUARED).view(torch.int32) >> 23) - 127
