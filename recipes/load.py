@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -16,6 +17,7 @@ from recipes.keys import check_keys, one_line, type_error
 from recipes.optim import check_optim
 from recipes.schema import Recipe
 from recipes.text import corpus_row, tokenizer_row
+from zoo.model import build
 from zoo.precision import policy_of
 
 T = TypeVar("T")
@@ -169,6 +171,9 @@ def check(recipe: Recipe) -> None:
         )
     recipe.model.layers()
     policy_of(recipe.precision)
+    if not isinstance(recipe.precision, str):  # a rule or switch that matches nothing is told here
+        with torch.device("meta"):
+            build(recipe)
     if recipe.probes and trainer.compile:
         raise ValueError("probes work in eager mode only: leave out probes or trainer.compile")
 
