@@ -50,7 +50,7 @@ class LanguageModelTask(pl.LightningModule):
         self._evaluation: Evaluation | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """`loss` to minimise; detached: `nats` summed over targets, `losses` unweighted."""
+        """`loss` to minimise; detached: `nats` summed, `losses` unweighted, `stats` by layer."""
         output = self.model(batch.tokens, mask=batch.mask)
         nats = token_nats(output.logits, batch.targets)  # [B, S]
         ce = nats.mean() if batch.mask is None else nats[batch.mask].mean()
@@ -59,6 +59,7 @@ class LanguageModelTask(pl.LightningModule):
             "loss": loss,
             "nats": nats.detach().sum(dtype=torch.float64),
             "losses": {name: value.detach() for name, value in output.losses.items()},
+            "stats": output.stats,
         }
 
     def transfer_batch_to_device(

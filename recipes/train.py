@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from layers.base import Cost
 from recipes import load, record
 from recipes.callbacks import AtomicCheckpoints, Progress, SaveLast, SeedEachBatch, read_checkpoint
+from recipes.controllers import controller_callbacks
 from recipes.costing import run_cost, whole_model_cost
 from recipes.curve import Curve, Diverged, final_evaluation
 from recipes.data import TextData
@@ -104,6 +105,7 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
     trainer = lean_trainer(recipe, out, [
         SeedEachBatch(recipe.seed),
         *precision_callbacks(recipe),
+        *controller_callbacks(recipe),
         *probes,
         curve,
         Progress(run_id, curve),

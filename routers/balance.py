@@ -77,10 +77,10 @@ def sequence_balance_loss(
         mask: [T] bool, True where a token is real.
     """
     n_experts, k = probs.shape[-1], experts.shape[-1]
-    if probs.shape[0] % max(n_sequences, 1):
-        raise ValueError(f"{probs.shape[0]} tokens are not {n_sequences} equal sequences")
     if not probs.shape[0]:
         return probs.sum()
+    if n_sequences < 1 or probs.shape[0] % n_sequences:
+        raise ValueError(f"{probs.shape[0]} tokens are not {n_sequences} equal sequences")
     per = probs.shape[0] // n_sequences
     sequence = torch.arange(n_sequences, device=probs.device).repeat_interleave(per)  # [T]
     counts = count_experts(experts + n_experts * sequence[:, None], n_sequences * n_experts, mask)

@@ -42,7 +42,7 @@ def _k_over_n(n_experts: int, top_k: int) -> float:
 
 CONVENTIONS = {
     "canonical": Convention(layers="mean", per_canonical=_one, source="this library"),
-    "switch": Convention(layers="sum", per_canonical=_k, source="arXiv:2101.03961, eq. 4; K = 1"),
+    "switch": Convention(layers="sum", per_canonical=_one, source="arXiv:2101.03961, eq. 4"),
     "flaxformer": Convention(layers="sum", per_canonical=_k, source="flaxformer; HF Switch"),
     "gshard": Convention(
         layers="sum", per_canonical=_one, source="arXiv:2006.16668; V-MoE's code", first_choice=True

@@ -68,7 +68,7 @@ class SignHashRouter(nn.Module):
         """x: [T, D]. carry and mask are not read; logits are 0: no expert is preferred."""
         c = self.config
         side = scores(x.detach(), self.planes) > 0  # [T, 10]
-        code = (side << torch.arange(BITS, device=x.device)).sum(-1)
+        code = (side.long() << torch.arange(BITS, device=x.device)).sum(-1)
         experts = self.table[code]  # [T, K]
         logits = x.new_zeros(x.shape[0], c.n_experts, dtype=self.planes.dtype)
         return Routing(experts, torch.full_like(logits[:, : c.top_k], 1 / c.top_k), logits, {})
