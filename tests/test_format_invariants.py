@@ -19,6 +19,7 @@ from format_toys import (
 )
 
 from layers.precision.define import define_parts
+from layers.precision.encoding import block_sum
 from layers.precision.formats import resolve
 from layers.precision.grids import E1M2, E2M1, E4M3, GRIDS, UE5M3, round_bits, to_grid
 from layers.precision.hif4 import LEAST, MOST, e6m2
@@ -305,6 +306,15 @@ def test_invariant_06_tiles_are_the_same_both_ways(spec):
         flipped = quantize(w.T.contiguous(), s, axis=-1, dtype=torch.float32)
         assert_same_bits(by_k, by_n)
         assert_same_bits(by_k.values, flipped.values.T.contiguous())
+
+
+def test_invariant_06_a_sum_over_a_tile_is_that_of_its_transpose():
+    """To the bit, so that choices by error are the same both ways."""
+    x = torch.randn(9, 16, 7, 16)
+    sums = block_sum(x, (-3, -1))
+    assert_same_bits(sums, block_sum(x.transpose(-3, -1), (-3, -1)))
+    torch.testing.assert_close(sums, x.sum((-3, -1), keepdim=True))
+    torch.testing.assert_close(block_sum(x, (-1,)), x.sum(-1, keepdim=True))
 
 
 @only(lambda r: r.spec.tile == "2d" and r.rule in ("max", "p2", "unbiased", "max61440", "eden"))
