@@ -95,8 +95,8 @@ inline void scales_at_columns(const int32_t* peak, const float* up, int n, const
                               float more, Candidate& of) {
   if (job.block_cols == 1) return scales_two_level(peak, up, n, job, more, of.enc, of.dec);
   constexpr int kBlocks = kBetterCols / kSixteen;
-  int32_t peaks[kBlocks];
-  float ups[kBlocks], enc[kBlocks], dec[kBlocks];
+  int32_t peaks[kBlocks] = {};
+  float ups[kBlocks] = {}, enc[kBlocks], dec[kBlocks];
   const int blocks = (n + kSixteen - 1) / kSixteen;
   for (int b = 0; b < blocks; b++) peaks[b] = peak[b * kSixteen], ups[b] = up[b * kSixteen];
   scales_two_level(peaks, ups, blocks, job, more, enc, dec);

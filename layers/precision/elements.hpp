@@ -1,21 +1,38 @@
 // From a tile of float32 numbers to decoded values: peaks and scales of its blocks, elements.
 #pragma once
 
+#include "quest.hpp"
 #include "scales.hpp"
 
 namespace zoo {
 
+inline Scales scales_of(const Job& job) {
+  if (only_above(job)) return scales_above;
+  switch (job.rule) {
+    case kFloor: return scales_e8m0<kFloor>;
+    case kRceil: return scales_e8m0<kRceil>;
+    case kCeil: return scales_e8m0<kCeil>;
+    case kEven: return scales_e8m0<kEven>;
+    case kQuest: return scales_quest;
+    case kThreeQuarters: return scales_three_quarters;
+    case kScaled: return scales_own<kScaled>;
+    case kScaledP2: return scales_own<kScaledP2>;
+    default: return scales_once;
+  }
+}
+
 // What a family of formats does to an element beside rounding it.
-template <bool no_negative_zero_, bool keeps_nan_, bool folds_>
+template <bool no_negative_zero_, bool keeps_nan_, bool folds_, bool shrinks_ = false>
 struct Family {
-  static constexpr bool no_negative_zero = no_negative_zero_, keeps_nan = keeps_nan_, folds = folds_;
+  static constexpr bool no_negative_zero = no_negative_zero_, keeps_nan = keeps_nan_;
+  static constexpr bool folds = folds_, shrinks = shrinks_;
 };
 
 template <class F, class Round>
 struct Element {
   Round round;
   inline float operator()(float x, float enc, float dec, float fold, uint32_t index) const {
-    float y = x * enc;
+    float y = (F::shrinks ? x * 0.75f : x) * enc;
     if (F::no_negative_zero) y = y + 0.0f;
     float element = round(y, index);
     if (F::keeps_nan) {  // without a branch, which would keep the loop from being a vector's
@@ -57,6 +74,7 @@ void along_row(const float* x, Out* out, int64_t n, uint32_t index, const Job& j
     int blocks = 0;
     for (int64_t c = from; c < end; c += b, blocks++)
       if (!only_above(job)) peak[blocks] = peak_of<lane>(x + c, least(b, end - c));
+    if (job.rule == kQuest) variances_along_row(x + from, end - from, peak, up);
     scales(peak, up, blocks, job, enc, dec);
     blocks = 0;
     for (int64_t c = from; c < end; c += b, blocks++) {
@@ -93,7 +111,9 @@ void across_rows(const float* x, int64_t stride, Out* out, int rows, int n, uint
       for (int j = i; j < i + b; j++) peak[j] = most;
     }
   }
-  scales_of(job)(peak, above.enc, n, job, enc, dec);
+  const bool by_spread = job.rule == kQuest;
+  if (by_spread) variances_down_columns(x, stride, rows, n, peak, fold);
+  scales_of(job)(peak, by_spread ? fold : above.enc, n, job, enc, dec);
   for (int c = 0; c < n; c++) fold[c] = job.fold ? above.dec[c] : 1.0f;
   for (int r = 0; r < rows; r++) {
     const float* xs = x + r * stride;
@@ -124,6 +144,8 @@ struct Blocks {
 };
 template <class Round, class Out>
 using Microscaling = Blocks<Family<false, false, false>, Round, Out>;
+template <class Round, class Out>
+using Shrunk = Blocks<Family<false, false, false, true>, Round, Out>;
 template <class Round, class Out>
 using TwoLevel = Blocks<Family<true, false, true>, Round, Out>;
 template <class Round, class Out>

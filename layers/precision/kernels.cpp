@@ -11,6 +11,7 @@
 #endif
 
 #include "better.hpp"
+#include "eden.hpp"
 #include "elements.hpp"
 #include "hif4.hpp"
 #include "rotation.hpp"
@@ -35,9 +36,9 @@ struct Plan {
 };
 
 // Calls work(segment, row of out, rows, first column, columns, tile) on bands [first, last).
-template <class In, class Work>
+template <class Work>
 void walk(const Job& job, const Plan& plan, int64_t first, int64_t last, Work work) {
-  Reader<In> read(job, plan.band_rows * plan.tile_cols);
+  Reader read(job, plan.band_rows * plan.tile_cols);
   size_t at = 0;
   for (int64_t band = first; band < last; band++) {
     while (at + 1 < plan.segments.size() && plan.segments[at + 1].first_band <= band) at++;
@@ -73,13 +74,12 @@ void raise(std::atomic<int32_t>& found, int32_t peak) {
 }
 
 // The largest magnitude of each segment, or of each column of each segment.
-template <class In>
 std::vector<std::atomic<int32_t>> peaks(const Job& job, const Plan& plan) {
   const bool by_column = job.level == kColumn;
   std::vector<std::atomic<int32_t>> found(plan.segments.size() * (by_column ? job.out_cols : 1));
   share(job.threads, plan.bands, [&](int64_t first, int64_t last) {
     std::vector<int32_t> column(by_column ? plan.tile_cols : 0);
-    walk<In>(job, plan, first, last,
+    walk(job, plan, first, last,
              [&](size_t at, int64_t, int rows, int64_t from, int64_t n, Tile t) {
       if (!by_column) {
         int32_t peak = 0;
@@ -97,7 +97,6 @@ std::vector<std::atomic<int32_t>> peaks(const Job& job, const Plan& plan) {
 }
 
 // The scales above the blocks that span more than a row.
-template <class In>
 void find_above(const Job& job, Plan& plan) {
   if (job.given) {
     for (size_t i = 0; i < plan.segments.size(); i++) {
@@ -108,14 +107,14 @@ void find_above(const Job& job, Plan& plan) {
     return;
   }
   if (job.level == kSegment) {
-    const auto found = peaks<In>(job, plan);
+    const auto found = peaks(job, plan);
     for (size_t i = 0; i < plan.segments.size(); i++) {
       plan.segments[i].above = upper_of(found[i].load(), job.rule, job.top);
       if (int64_t(i) < job.segments) job.scale[i] = plan.segments[i].above.dec;
     }
   }
   if (job.level == kColumn) {
-    const auto found = peaks<In>(job, plan);
+    const auto found = peaks(job, plan);
     plan.enc.resize(found.size()), plan.dec.resize(found.size());
     for (size_t i = 0; i < found.size(); i++) {
       const Upper above = upper_of(found[i].load(), job.rule, job.top);
@@ -126,13 +125,13 @@ void find_above(const Job& job, Plan& plan) {
 }
 
 // Fills out with what `Blocks` makes of each row, or of each band of block_rows rows.
-template <class In, class Blocks, class Round>
+template <class Blocks, class Round>
 void quantize(const Job& job, const Plan& plan, const Round& round) {
   auto* const out = static_cast<typename Blocks::Out*>(job.out);
   share(job.threads, plan.bands, [&](int64_t first, int64_t last) {
     Blocks blocks(job, round);
     float enc[kMostCols], dec[kMostCols];
-    walk<In>(job, plan, first, last,
+    walk(job, plan, first, last,
              [&](size_t at, int64_t row, int rows, int64_t from, int64_t n, Tile t) {
       Upper above = plan.segments[at].above;
       const int64_t begin = row * job.out_cols + from;
@@ -156,28 +155,34 @@ void quantize(const Job& job, const Plan& plan, const Round& round) {
   });
 }
 
-template <class In, template <class, class> class Blocks, class Out>
+template <template <class, class> class Blocks, class Out>
 void round(const Job& job, const Plan& plan) {
   const Grid grid(job.mantissa_bits, job.min_exponent, job.largest);
   if (job.key)
-    quantize<In, Blocks<Stochastic, Out>>(job, plan, Stochastic{grid, {*job.key, job.operand}});
+    quantize<Blocks<Stochastic, Out>>(job, plan, Stochastic{grid, {*job.key, job.operand}});
   else
-    quantize<In, Blocks<Nearest, Out>>(job, plan, Nearest{grid});
+    quantize<Blocks<Nearest, Out>>(job, plan, Nearest{grid});
 }
 
-template <class In, class Out>
+template <class Out>
 void hif4(const Job& job, const Plan& plan) {
   if (job.key)
-    quantize<In, Units<StochasticK, Out>>(job, plan, StochasticK{{*job.key, job.operand}});
+    quantize<Units<StochasticK, Out>>(job, plan, StochasticK{{*job.key, job.operand}});
   else
-    quantize<In, Units<HalfAway, Out>>(job, plan, HalfAway{});
+    quantize<Units<HalfAway, Out>>(job, plan, HalfAway{});
+}
+
+template <class Out>
+void eden(const Job& job, const Plan& plan) {
+  const Grid grid(job.mantissa_bits, job.min_exponent, job.largest);
+  quantize<Eden<Stochastic, Out>>(job, plan, Stochastic{grid, {*job.key, job.operand}});
 }
 
 // The rotation alone.
-template <class In, class Out>
+template <class Out>
 void copy(const Job& job, const Plan& plan) {
   share(job.threads, plan.bands, [&](int64_t first, int64_t last) {
-    walk<In>(job, plan, first, last,
+    walk(job, plan, first, last,
              [&](size_t, int64_t row, int rows, int64_t from, int64_t n, Tile t) {
       Out* out = static_cast<Out*>(job.out) + row * job.out_cols + from;
       for (int r = 0; r < rows; r++)
@@ -186,15 +191,17 @@ void copy(const Job& job, const Plan& plan) {
   });
 }
 
-template <class In, class Out>
+template <class Out>
 void run(const Job& job, Plan& plan) {
-  if (job.rule == kRotate) return copy<In, Out>(job, plan);
-  if (job.rule == kHiF4) return hif4<In, Out>(job, plan);
-  find_above<In>(job, plan);
-  if (job.rule < kTwoLevel) return round<In, Microscaling, Out>(job, plan);
-  if (job.rule == kTwoLevel) return round<In, TwoLevel, Out>(job, plan);
-  if (job.rule < kScaled) return round<In, Better, Out>(job, plan);
-  round<In, Scaled, Out>(job, plan);
+  if (job.rule == kRotate) return copy<Out>(job, plan);
+  if (job.rule == kHiF4) return hif4<Out>(job, plan);
+  find_above(job, plan);
+  if (job.rule == kEden) return eden<Out>(job, plan);
+  if (job.rule == kThreeQuarters) return round<Shrunk, Out>(job, plan);
+  if (job.rule < kTwoLevel) return round<Microscaling, Out>(job, plan);
+  if (job.rule == kTwoLevel) return round<TwoLevel, Out>(job, plan);
+  if (job.rule < kScaled) return round<Better, Out>(job, plan);
+  round<Scaled, Out>(job, plan);
 }
 
 // Segments of x and of out. Returns whether the ends rise within the rows.
@@ -233,6 +240,8 @@ extern "C" int moe_zoo_quantize(const MoeZooJob* given) {
     const bool columns = job.axis == -2 && (job.level == kColumn || d);
     job.block_rows = columns ? 32 : 1, job.block_cols = columns ? 1 : 1024;
   }
+  if (job.rule == kEden && (!job.key || d < kEdenBlock)) return 2;
+  if (job.rule == kEden && job.axis == -2) job.block_rows = d;  // a tile's blocks at once
   Plan plan;
   plan.tile_cols = job.out_cols;
   if (job.block_rows > 1) {
@@ -241,9 +250,6 @@ extern "C" int moe_zoo_quantize(const MoeZooJob* given) {
     plan.tile_cols = larger(step, smaller(kMostCols, kTileNumbers / plan.band_rows) / step * step);
   }
   if (!lay_out(job, plan)) return 1;
-  if (job.x_bf16)
-    job.out_bf16 ? run<uint16_t, uint16_t>(job, plan) : run<uint16_t, float>(job, plan);
-  else
-    job.out_bf16 ? run<float, uint16_t>(job, plan) : run<float, float>(job, plan);
+  job.out_bf16 ? run<uint16_t>(job, plan) : run<float>(job, plan);
   return 0;
 }

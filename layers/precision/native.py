@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layers.native import Source
+from layers.precision.eden import eden_nvfp4
 from layers.precision.formats import Format, Resolved
 from layers.precision.grids import E4M3
 from layers.precision.hadamard import signs_of
@@ -26,13 +27,13 @@ from layers.precision.scaled import encode_scaled
 # no fused multiply-add: the bits must be those of the torch ops
 KERNELS = Source(Path(__file__).with_name("kernels.cpp"), ("-ffp-contract=off",))
 # enum Rule of scales.hpp
-RULES = ("mx_floor", "mx_rceil", "mx_ceil", "mx_even", "two_level", "two_level_mse",
-         "two_level_mae", "two_level_abs_max", "scaled_max", "scaled_p2", "hif4",
-         "rotate")  # fmt: skip
+RULES = ("mx_floor", "mx_rceil", "mx_ceil", "mx_even", "mx_quest", "mx_three_quarters", "two_level",
+         "two_level_mse", "two_level_mae", "two_level_abs_max", "two_level_eden", "scaled_max",
+         "scaled_p2", "hif4", "rotate")  # fmt: skip
 _TWO_LEVEL: dict[Any, dict[str, ScaleRule]] = {encode_nvfp4: NVFP4_RULES, encode_ue5m3: UE5M3_RULES}
 _FAMILIES: dict[Any, str] = {encode_mx: "mx", encode_scaled: "scaled", encode_hif4: "hif4"}
 LEVELS = {"none": 0, "segment": 1, "row": 2, "column": 3}  # enum Level
-ROUNDINGS = ("nearest", "stochastic")
+ROUNDINGS = ("nearest", "stochastic", "eden")
 DTYPES = (torch.float32, torch.bfloat16)  # what kernels.cpp reads and writes
 WIDEST = 256  # tile of a rotation
 VALUES_PER_THREAD = 1 << 15  # below this another thread costs more than it brings
@@ -64,16 +65,17 @@ class Numbers(NamedTuple):
     floats: tuple[float, ...] = (1.0, 448.0, 1.0, 1.0)  # Job: largest to top
 
 
-def numbers_of(row: Format, rule: str) -> Numbers | None:
+def numbers_of(row: Format, rule: str, rounding: str = "nearest") -> Numbers | None:
     """What equals a row's definition under a rule; None where kernels.cpp has nothing."""
     grid = row.grid
-    if grid is None:
+    if grid is None or (rounding == "eden" and row.eden is not eden_nvfp4):
         return None
     largest, scales = grid.largest, E4M3
     gain, top = 1.0 / largest, largest
     if row.encode in _TWO_LEVEL:
         how = _TWO_LEVEL[row.encode][rule]
-        name = f"two_level_{how.measure}" if how.measure else "two_level"
+        kind = "eden" if rounding == "eden" else how.measure
+        name = f"two_level_{kind}" if kind else "two_level"
         reached, scales = largest * how.reach, how.scales
         gain, top = 1.0 / reached, how.most * reached
     else:
@@ -125,7 +127,7 @@ def run(
     integers, floats = numbers.integers, numbers.floats
     job = Job(
         x=x.data_ptr(), out=out.data_ptr(), ends=ends.data_ptr(), moved=_at(moved),
-        scale=_at(scale), given=_at(given), key=_at(key) if rounding == "stochastic" else None,
+        scale=_at(scale), given=_at(given), key=_at(key) if rounding != "nearest" else None,
         signs_key=_at(key), signs=None if drawn else ctypes.addressof(_signs(hadamard, signs)),
         rows=rows, cols=cols, stride=x.stride(0), segments=ends.shape[0], out_rows=out.shape[0],
         out_cols=out.shape[1], block_rows=block[0], block_cols=block[1], axis=axis,
@@ -156,7 +158,7 @@ def _signs(d: int, kind: str) -> ctypes.Array[ctypes.c_float]:
 def has(r: Resolved) -> bool:
     """Whether kernels.cpp has what a spec asks for."""
     plain = r.spec.rounding in ROUNDINGS and r.spec.hadamard <= WIDEST
-    return plain and numbers_of(r.row, r.rule) is not None
+    return plain and numbers_of(r.row, r.rule, r.spec.rounding) is not None
 
 
 def wanted() -> bool:

@@ -120,7 +120,7 @@ def quantize(
 
     The arguments are those of `layers.precision.quantize.quantize`, blocks and folding as there.
     """
-    numbers = native.numbers_of(r.row, r.rule)
+    numbers = native.numbers_of(r.row, r.rule, r.spec.rounding)
     assert numbers is not None
     x = x if x.dtype in native.DTYPES else x.float()
     inner = dtype if dtype in native.DTYPES else torch.float32

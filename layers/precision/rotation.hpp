@@ -84,12 +84,11 @@ struct Tile {
 };
 
 // Reads parts of a tensor. One for each thread.
-template <class In>
 class Reader {
  public:
   Reader(const Job& job, int64_t most) : job_(job) {
     const int d = job.hadamard;
-    if (d || sizeof(In) == 2) scratch_.resize(most + kLanes);
+    if (d || job.x_bf16) scratch_.resize(most + kLanes);
     if (!d) return;
     log2_ = log2_of(d);
     const Stream stream(job.signs ? 0 : *job.signs_key & 0xFFFFFFFF, 64 + job.operand / 2);
@@ -101,20 +100,26 @@ class Reader {
   // n columns from column `from` of `rows` rows from row `row`; zeros beyond row `end` and the
   // last column, as the rotation pads. With rotation along rows, `row` starts a tile.
   Tile operator()(int64_t row, int64_t end, int rows, int64_t from, int64_t n) {
-    const In* x = static_cast<const In*>(job_.x) + row * job_.stride + from;
-    if constexpr (sizeof(In) == 4)
-      if (!job_.hadamard) return {x, job_.stride};
+    const int64_t at = row * job_.stride + from;
+    if (job_.x_bf16) return read(static_cast<const uint16_t*>(job_.x) + at, end - row, rows, from, n);
+    const float* x = static_cast<const float*>(job_.x) + at;
+    if (!job_.hadamard) return {x, job_.stride};
+    return read(x, end - row, rows, from, n);
+  }
+
+ private:
+  // left: rows of x from there on that belong to the segment.
+  template <class In>
+  Tile read(const In* x, int64_t left, int rows, int64_t from, int64_t n) {
     const int64_t wide = (n + kLanes - 1) / kLanes * kLanes;
     const int64_t inside = job_.cols > from ? least(n, job_.cols - from) : 0;
-    for (int r = 0; r < rows; r++) {
-      const bool there = row + r < end;
-      fill(scratch_.data() + r * wide, there ? x + r * job_.stride : x, there ? inside : 0, wide, r);
-    }
+    for (int r = 0; r < rows; r++)
+      fill(scratch_.data() + r * wide, x + r * job_.stride, r < left ? inside : 0, wide, r);
     if (job_.hadamard) rotate(rows, wide);
     return {scratch_.data(), wide};
   }
 
- private:
+  template <class In>
   void fill(float* out, const In* x, int64_t n, int64_t wide, int row) const {
     if (!job_.hadamard) {
       for (int64_t c = 0; c < n; c++) out[c] = load(x + c);

@@ -29,8 +29,8 @@ namespace zoo {
 using Job = MoeZooJob;
 
 enum Rule {
-  kFloor, kRceil, kCeil, kEven,                    // a power of two per block
-  kTwoLevel, kSquares, kSizes, kLargest,           // the last three: the better of two scales
+  kFloor, kRceil, kCeil, kEven, kQuest, kThreeQuarters,  // a power of two per block
+  kTwoLevel, kSquares, kSizes, kLargest, kEden,          // a small scale under a float32 one
   kScaled, kScaledP2, kHiF4, kRotate, kRules
 };
 enum Level { kNone, kSegment, kRow, kColumn };  // what one scale above the blocks spans
@@ -122,19 +122,6 @@ inline void scales_above(const int32_t*, const float* __restrict up, int n, cons
 // Whether blocks have no scale of their own.
 inline bool only_above(const Job& job) {
   return (job.rule == kScaled || job.rule == kScaledP2) && job.level != kNone;
-}
-
-inline Scales scales_of(const Job& job) {
-  if (only_above(job)) return scales_above;
-  switch (job.rule) {
-    case kFloor: return scales_e8m0<kFloor>;
-    case kRceil: return scales_e8m0<kRceil>;
-    case kCeil: return scales_e8m0<kCeil>;
-    case kEven: return scales_e8m0<kEven>;
-    case kScaled: return scales_own<kScaled>;
-    case kScaledP2: return scales_own<kScaledP2>;
-    default: return scales_once;
-  }
 }
 
 }  // namespace zoo
