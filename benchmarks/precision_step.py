@@ -19,7 +19,7 @@ from layers.precision import PRESETS
 
 TOKENS, WIDTH, EXPERTS = 4096, 1024, 8
 NAMES = ("fp32", "bf16", "mxfp4", "nvfp4", "nvfp4_4over6", "hif4", "mxfp8", "fp8_tensor",
-         "fp8_row", "fp8_block128")  # fmt: skip
+         "fp8_row", "fp8_block128", "quartet2", "quartet")  # fmt: skip
 LIMITS = {("mxfp4", "bf16"): 1.6, ("mxfp4", "fp32"): 0.75, ("nvfp4", "bf16"): 2.2}
 
 
@@ -96,7 +96,8 @@ PARTS = ["precision", "matmul", "quantise", "scale the product", "rest", "MiB ne
 NOTE = """
 The matmuls bind: each runs as long as in the bf16 step, so what the formats add is their share of
 quantising, rotation and random bits included. `fp8_block128` multiplies in float32, for its values
-under float32 block scales are not exact in bf16.
+under float32 block scales are not exact in bf16; so does `quartet`, whose scales hold a 4/3, and
+its masks of clipped values are torch ops.
 """.strip()
 
 

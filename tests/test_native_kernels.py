@@ -286,7 +286,7 @@ def test_invariant_16_without_a_compiler_the_same_numbers(monkeypatch, caplog):
 
 
 @needs_compiler
-@pytest.mark.parametrize("preset", ["mxfp4", "nvfp4", "fp8_row", "hif4"])
+@pytest.mark.parametrize("preset", ["mxfp4", "nvfp4", "fp8_row", "hif4", "quartet2"])
 def test_a_training_step_is_the_same_without_kernels(preset):
     """Linear and experts, one of them empty: outputs and gradients."""
     results = []
