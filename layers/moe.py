@@ -172,6 +172,33 @@ def flatten_inputs(
     return tokens, carry, mask
 
 
+def route(
+    router: nn.Module, tokens: Tensor, carry: Tensor | None, mask: Tensor | None, n_sequences: int
+) -> tuple[Routing, Tensor | None]:
+    """What a router says of [T, D] tokens; and [T, K] bool, the choices to run (None: all).
+
+    n_sequences: B, for a router that counts its balance by sequence.
+    """
+    if getattr(router, "reads_sequences", False):
+        routing: Routing = router(tokens, carry, mask, n_sequences)
+    else:
+        routing = router(tokens, carry, mask)
+    keep = routing.keep
+    if mask is not None:
+        real = mask[:, None].expand_as(routing.experts)
+        keep = real if keep is None else keep & real
+    return routing, keep
+
+
+def check_router(router: nn.Module) -> None:
+    """Raise for a router whose weights are meant for what experts read, not for what they give."""
+    if getattr(router, "weights_input", False):
+        raise ValueError(
+            f"{type(router).__name__} weighs the input of experts (Llama 4), this layer weighs "
+            "their output: give it another router"
+        )
+
+
 def check_routing(routing: Routing, n_experts: int) -> None:
     """Raise unless the router scored exactly the layer's experts, of all kinds."""
     if routing.logits.shape[-1] != n_experts:
@@ -186,6 +213,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, router: nn.Module):
         super().__init__()
+        check_router(router)
         c = self.config = config
         self.router = router
         self.gate_up = ExpertLinear(c.n_experts, c.d_model, 2 * c.hidden, role="expert")
@@ -198,10 +226,8 @@ class MoE(nn.Module):
         """x: [B, S, D]; carry: [B, S, E'] for routers that read it; mask: [B, S] bool."""
         c = self.config
         tokens, carry, mask = flatten_inputs(x, carry, mask)
-        routing: Routing = self.router(tokens, carry, mask)
+        routing, keep = route(self.router, tokens, carry, mask, x.shape[0])
         check_routing(routing, c.n_experts)
-
-        keep = None if mask is None else mask[:, None].expand_as(routing.experts)
         experts = Experts(self.gate_up, self.down, c.activation)
         y = run_experts(tokens, routing.experts, routing.weights, keep, experts)
         y = y.view_as(x)
@@ -210,11 +236,11 @@ class MoE(nn.Module):
         return FFNOutput(
             y=y.type_as(x),
             losses=routing.losses,
-            stats=None if is_decoding(tokens) else self._stats(routing.experts, mask),
+            stats=None if is_decoding(tokens) else self._stats(routing.experts, keep),
             carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
-    def _stats(self, experts: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        counts = count_experts(experts, self.config.n_experts, mask)
+    def _stats(self, experts: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+        counts = count_experts(experts, self.config.n_experts, keep)
         none = counts.new_zeros(())
         return {"counts": counts, "dropped": none, "zero_computation": none}

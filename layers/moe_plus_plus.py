@@ -12,10 +12,12 @@ from layers.dispatch import count_experts, is_decoding
 from layers.linear import ExpertLinear, ValueTable, linear
 from layers.moe import (
     Experts,
+    check_router,
     check_routing,
     default_d_expert,
     experts_cost,
     flatten_inputs,
+    route,
     run_experts,
 )
 from layers.names import check_choice, check_positive
@@ -191,6 +193,7 @@ class MoEPlusPlus(nn.Module):
 
     def __init__(self, config: MoEPlusPlusConfig, router: nn.Module):
         super().__init__()
+        check_router(router)
         c = self.config = config
         self.router = router
         self.gate_up = ExpertLinear(c.n_experts, c.d_model, 2 * c.hidden, role="expert")
@@ -206,12 +209,12 @@ class MoEPlusPlus(nn.Module):
         """x: [B, S, D]; carry: [B, S, E'], logits of the previous MoE layer; mask: [B, S] bool."""
         c = self.config
         tokens, carry, mask = flatten_inputs(x, carry, mask)
-        routing: Routing = self.router(tokens, carry, mask)
+        routing, chosen = route(self.router, tokens, carry, mask, x.shape[0])
         check_routing(routing, c.n_routes)
         if c.input_scale != 1:
             tokens = tokens * c.input_scale  # after the router has read them
 
-        keep = self._keep(routing, mask)  # [T, K]
+        keep = self._keep(routing, chosen, mask)  # [T, K]
         weights = routing.weights if keep is None else routing.weights.masked_fill(~keep, 0)
         is_ffn = None if not c.n_zero_computation else routing.experts < c.n_experts
         planned = keep if is_ffn is None else is_ffn if keep is None else keep & is_ffn
@@ -222,7 +225,7 @@ class MoEPlusPlus(nn.Module):
         return FFNOutput(
             y=y.view_as(x),
             losses=routing.losses,
-            stats=None if is_decoding(tokens) else self._stats(routing.experts, keep, mask),
+            stats=None if is_decoding(tokens) else self._stats(routing.experts, keep, chosen),
             carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
@@ -244,21 +247,25 @@ class MoEPlusPlus(nn.Module):
             y = y + self.constant(which, share[..., 1]).type_as(y)
         return torch.addcmul(y, tokens, of_input.sum(-1, keepdim=True).type_as(y))
 
-    def _keep(self, routing: Routing, mask: Tensor | None) -> Tensor | None:
-        """[T, K] bool: assignments that are neither masked nor over capacity; None: all."""
+    def _keep(self, routing: Routing, chosen: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """[T, K] bool: assignments that hold and are not over capacity; None: all.
+
+        chosen: [T, K] bool, those that the router means, of real tokens; mask: [T] bool.
+        """
         c = self.config
         if c.capacity_factor is None or not self.training:
-            return None if mask is None else mask[:, None].expand_as(routing.experts)
+            return chosen
         slots = torch.tensor(c.slots, dtype=torch.float64, device=routing.experts.device)
         by = routing.weights if c.priority == "weight" else None
-        return within_capacity(routing.experts, slots, mask, by)
+        keep = within_capacity(routing.experts, slots, mask, by)
+        return keep if routing.keep is None else keep & routing.keep
 
     def _stats(
-        self, experts: Tensor, keep: Tensor | None, mask: Tensor | None
+        self, experts: Tensor, keep: Tensor | None, chosen: Tensor | None
     ) -> dict[str, Tensor]:
         """Assignments that ran, by expert; those dropped by capacity; those without an FFN."""
         c = self.config
         counts = count_experts(experts, c.n_routes, keep)
-        dropped = count_experts(experts, c.n_routes, mask).sum() - counts.sum()
+        dropped = count_experts(experts, c.n_routes, chosen).sum() - counts.sum()
         free = counts[c.n_experts :].sum()
         return {"counts": counts, "dropped": dropped, "zero_computation": free}

@@ -26,7 +26,7 @@ PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
         "products",
         "selection",
     },
-    "routers": {"balance", "scores"},
+    "routers": {"balance", "conventions", "groups", "importance", "scores", "state"},
 }
 
 

@@ -167,7 +167,9 @@ def _router(
         return find(router, "router"), {}
     if "name" not in router:
         raise ValueError(f"router needs 'name', got {dict(router)}")
-    return find(router["name"], "router"), {k: v for k, v in router.items() if k != "name"}
+    found = find(router["name"], "router")
+    said = {k: v for k, v in router.items() if k not in ("name", "preset")}
+    return found, {**_preset(found, router.get("preset")), **said}
 
 
 def create(

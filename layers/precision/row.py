@@ -44,7 +44,6 @@ class Format:
     encode: Encoder | None = None
     eden: Eden | None = None  # rounding "eden"
     upper: Callable[[Tensor, Grid, str], Upper] | None = None  # from the largest magnitude
-    native: bool = False  # kernels.cpp has it
 
     def __post_init__(self) -> None:
         ways = [self.dtype is not None, self.cast is not None, self.encode is not None]

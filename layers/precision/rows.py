@@ -84,14 +84,14 @@ FORMATS: tuple[Format, ...] = (
     _mx("mxfp6_e3m2", E3M2),
     Format(
         name="mxfp4", bits=4.25, grid=E2M1, block=32, scale_rules=MXFP4_RULES,
-        inexact_rules=("three_quarters",), encode=encode_mx, native=True,
+        inexact_rules=("three_quarters",), encode=encode_mx,
         summary="E2M1, a power of two per 32", paper=MX_PAPER,
     ),
     _mx("mxint4", E1M2, native=False),
     Format(
         name="nvfp4", bits=4.5, grid=E2M1, block=16, scale_rules=tuple(NVFP4_RULES), tiles=TILES,
         scopes=TWO_LEVEL_SCOPES, roundings=("nearest", "stochastic", "eden"), encode=encode_nvfp4,
-        eden=eden_nvfp4, upper=upper_nvfp4, native=True,
+        eden=eden_nvfp4, upper=upper_nvfp4,
         summary="E2M1, an E4M3 scale per 16, a float32 scale per tensor", paper="arXiv:2509.25149",
     ),
     Format(
