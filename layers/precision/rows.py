@@ -35,11 +35,11 @@ def _scaled(name: str, grid: Grid, paper: str, summary: str, block: int = 128) -
     )
 
 
-def _mx(name: str, grid: Grid, *, native: bool = True) -> Format:
+def _mx(name: str, grid: Grid) -> Format:
     bits = 1 + grid.exponent_bits + grid.mantissa_bits
     return Format(
         name=name, bits=bits + 8 / 32, grid=grid, block=32, scale_rules=tuple(MX_RULES),
-        encode=encode_mx, native=native,
+        encode=encode_mx,
         summary=f"{grid.name.upper()}, a power of two per 32", paper=MX_PAPER,
     )
 
@@ -77,7 +77,7 @@ FORMATS: tuple[Format, ...] = (
         upper=upper_scaled,
         summary="-7..7 (as E1M2, k / 4), a float32 scale per 16", paper="arXiv:2103.13630",
     ),
-    _mx("mxint8", E1M6, native=False),  # -127/64..127/64, without the one code below
+    _mx("mxint8", E1M6),  # -127/64..127/64, without the one code below
     _mx("mxfp8_e4m3", E4M3),
     _mx("mxfp8_e5m2", E5M2),
     _mx("mxfp6_e2m3", E2M3),
@@ -87,7 +87,7 @@ FORMATS: tuple[Format, ...] = (
         inexact_rules=("three_quarters",), encode=encode_mx,
         summary="E2M1, a power of two per 32", paper=MX_PAPER,
     ),
-    _mx("mxint4", E1M2, native=False),
+    _mx("mxint4", E1M2),
     Format(
         name="nvfp4", bits=4.5, grid=E2M1, block=16, scale_rules=tuple(NVFP4_RULES), tiles=TILES,
         scopes=TWO_LEVEL_SCOPES, roundings=("nearest", "stochastic", "eden"), encode=encode_nvfp4,
