@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from layers.precision import FORMATS, PRESETS, CoverageReport, PrecisionPolicy, apply_policy
-from layers.precision.formats import format_of
+from layers.precision import PRESETS, CoverageReport, PrecisionPolicy, apply_policy
+from layers.precision.formats import every_format, format_of
 from layers.precision.random import mixed
 from zoo.accounting import module_cost
 
@@ -18,7 +18,7 @@ def precisions() -> list[str]:
 
 def formats() -> list[str]:
     """Names of the number formats that a policy's operands may stand in."""
-    return [row.name for row in FORMATS]
+    return [row.name for row in every_format()]
 
 
 def describe_format(name: str) -> dict[str, Any]:

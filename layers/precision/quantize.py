@@ -14,6 +14,7 @@ from layers.precision.define import blocks_of, define, define_parts
 from layers.precision.formats import Resolved, resolve
 from layers.precision.hadamard import rotate, signs_of, spread_rows
 from layers.precision.random import uniform
+from layers.precision.simulated import simulated
 from layers.precision.spec import QSpec
 
 __all__ = ["Quantized", "fake_quantize", "quantize"]
@@ -71,7 +72,7 @@ def quantize(
     _check(x, r, axis, ends, key, scale)
     x = x.detach()
     if r.row.dtype is not None:
-        return Quantized(x.to(r.row.dtype).to(dtype), None)
+        return Quantized(_cast(x, r.row.dtype, dtype), None)
     values, upper, moved = _encode(x, r, axis, dtype, ends, key, operand, scale)
     if upper is not None and x.dim() == 2 and ends is None:
         upper = upper.squeeze(0)
@@ -123,7 +124,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def _fake(x: Tensor, r: Resolved, key: Tensor | None) -> Tensor:
     if r.row.dtype is not None:
-        return x.to(r.row.dtype).to(x.dtype)
+        return _cast(x, r.row.dtype, x.dtype)
     if x.numel() == 0:
         return x.clone()
     tiled = r.spec.tile == "2d"
@@ -134,6 +135,17 @@ def _fake(x: Tensor, r: Resolved, key: Tensor | None) -> Tensor:
     rows = matrices.flatten(0, 1)
     values = _encode(rows, r, -1, x.dtype, None, key, 0, None, fold=True)[0]
     return values.view(matrices.shape)[:, :n_rows].reshape(x.shape)
+
+
+_round_to_bf16 = simulated(7)
+
+
+def _cast(x: Tensor, to: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """x rounded to one type and held in another."""
+    if to is torch.bfloat16 and dtype is not torch.bfloat16:
+        # by its bits, for inductor drops a cast to bfloat16 and back
+        return _round_to_bf16(x.float(), "nearest", None).to(dtype)
+    return x.to(to).to(dtype)
 
 
 def _last(x: Tensor) -> int:
