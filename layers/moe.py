@@ -4,7 +4,7 @@ Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.0
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,15 +98,17 @@ class Experts(NamedTuple):
     gate_up: ExpertLinear  # [E, 2F, D], gate rows first
     down: ExpertLinear  # [E, D, F]
     activation: str  # of the gate
+    weighs: Literal["output", "input"] = "output"  # what a choice's weight multiplies
 
 
 def run_experts(
     tokens: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, experts: Experts
 ) -> Tensor:
-    """The sum over a token's choices of weight * down(activation(gate(x)) * up(x)).
+    """The sum over a token's choices of weight * expert(x), or of expert(weight * x) (Llama 4),
+    where expert(x) = down(activation(gate(x)) * up(x)).
 
-    The weight is multiplied in before `down`, on F columns and not on D: down is linear, and no
-    D-wide expert output need be kept for its gradient (moe.md 14.3).
+    A weight of the output is multiplied in before `down`, on F columns and not on D: down is
+    linear, and no D-wide expert output need be kept for its gradient (moe.md 14.3).
 
     Args:
         tokens: [T, D].
@@ -120,10 +122,14 @@ def run_experts(
     """
     if is_decoding(tokens):
         return _run_one(tokens, routed, weights, keep, experts)
-    gate_up, down, activation = experts
+    gate_up, down, activation, weighs = experts
     plan = make_plan(routed, gate_up.weight.shape[0], keep)
     rows = dispatch(_cast_once(tokens, gate_up), plan)  # [N, D]
-    h = glu(gate_up(rows, plan.counts), activation, row_weights(weights, plan))  # [N, F]
+    of_row = row_weights(weights, plan)  # [N, 1]
+    if weighs == "input":
+        h = glu(gate_up(rows * of_row.to(rows.dtype), plan.counts), activation)
+    else:
+        h = glu(gate_up(rows, plan.counts), activation, of_row)  # [N, F]
     return combine(down(h, plan.counts), plan)
 
 
@@ -134,8 +140,9 @@ def _run_one(
 
     One native call where the leaves only cast; in torch ops else.
     """
-    gate_up, down, activation = experts
-    if (computes := native_dtypes(token, gate_up, down)) is not None:
+    gate_up, down, activation, weighs = experts
+    computes = native_dtypes(token, gate_up, down) if weighs == "output" else None
+    if computes is not None:
         return run_token(
             token, routed, weights, keep, gate_up.weight, down.weight, activation, computes
         )
@@ -144,8 +151,14 @@ def _run_one(
     chosen = routed.tolist()[0]
     if not chosen:
         return torch.zeros_like(token)
-    up = [gate_up.one(token, e) for e in chosen]
-    h = glu(torch.cat(up), activation, weights.view(-1, 1))  # [K, F]
+    of_choice = weights.view(-1, 1)  # [K, 1]
+    if weighs == "input":
+        inputs = token * of_choice.to(token.dtype)  # [K, D]
+        up = [gate_up.one(inputs[i : i + 1], e) for i, e in enumerate(chosen)]
+        h = glu(torch.cat(up), activation)
+    else:
+        up = [gate_up.one(token, e) for e in chosen]
+        h = glu(torch.cat(up), activation, of_choice)  # [K, F]
     y = down.one(h[:1], chosen[0])
     for i, e in enumerate(chosen[1:], start=1):
         y = y + down.one(h[i : i + 1], e)
@@ -190,15 +203,6 @@ def route(
     return routing, keep
 
 
-def check_router(router: nn.Module) -> None:
-    """Raise for a router whose weights are meant for what experts read, not for what they give."""
-    if getattr(router, "weights_input", False):
-        raise ValueError(
-            f"{type(router).__name__} weighs the input of experts (Llama 4), this layer weighs "
-            "their output: give it another router"
-        )
-
-
 def check_routing(routing: Routing, n_experts: int) -> None:
     """Raise unless the router scored exactly the layer's experts, of all kinds."""
     if routing.logits.shape[-1] != n_experts:
@@ -213,7 +217,6 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, router: nn.Module):
         super().__init__()
-        check_router(router)
         c = self.config = config
         self.router = router
         self.gate_up = ExpertLinear(c.n_experts, c.d_model, 2 * c.hidden, role="expert")
@@ -228,7 +231,8 @@ class MoE(nn.Module):
         tokens, carry, mask = flatten_inputs(x, carry, mask)
         routing, keep = route(self.router, tokens, carry, mask, x.shape[0])
         check_routing(routing, c.n_experts)
-        experts = Experts(self.gate_up, self.down, c.activation)
+        weighs = "input" if getattr(self.router, "weights_input", False) else "output"
+        experts = Experts(self.gate_up, self.down, c.activation, weighs)
         y = run_experts(tokens, routing.experts, routing.weights, keep, experts)
         y = y.view_as(x)
         if self.shared is not None:

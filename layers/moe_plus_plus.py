@@ -12,7 +12,6 @@ from layers.dispatch import count_experts, is_decoding
 from layers.linear import ExpertLinear, ValueTable, linear
 from layers.moe import (
     Experts,
-    check_router,
     check_routing,
     default_d_expert,
     experts_cost,
@@ -193,7 +192,11 @@ class MoEPlusPlus(nn.Module):
 
     def __init__(self, config: MoEPlusPlusConfig, router: nn.Module):
         super().__init__()
-        check_router(router)
+        if getattr(router, "weights_input", False):
+            raise ValueError(
+                f"{type(router).__name__} weighs the input of experts (Llama 4), moe_plus_plus "
+                "weighs their output: give it another router"
+            )
         c = self.config = config
         self.router = router
         self.gate_up = ExpertLinear(c.n_experts, c.d_model, 2 * c.hidden, role="expert")

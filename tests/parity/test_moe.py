@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from layers.moe import MoE, MoEConfig
 from layers.swiglu import SwiGLU, SwiGLUConfig
+from routers.llama4 import Llama4Router, Llama4RouterConfig
 from routers.top_k import TopKRouter, TopKRouterConfig
 
 pytestmark = pytest.mark.parity
@@ -112,3 +113,34 @@ def test_one_expert_is_the_dense_ffn_bit_for_bit(shape, grad):
         assert torch.equal(inputs[0].grad, inputs[1].grad)
         assert torch.equal(dense.gate_up.weight.grad, moe.gate_up.weight.grad[0])
         assert torch.equal(dense.down.weight.grad, moe.down.weight.grad[0])
+
+
+@pytest.mark.parametrize("mode", ["train", "decode"])
+def test_weights_on_the_input_of_experts(mode):
+    """Llama 4: y = sum_e E_e(sigmoid(l_e) x), which is not sum_e sigmoid(l_e) E_e(x)."""
+    config = MoEConfig(d_model=D, d_expert=F, n_experts=E, top_k=K)
+    router = Llama4Router(Llama4RouterConfig(d_model=D, n_experts=E, top_k=K))
+    layer = MoE(config, router).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(1, 1 if mode == "decode" else 9, D, dtype=torch.float64)
+    rows = []
+    for token in x[0]:
+        logits = layer.router.weight @ token
+        chosen = sorted(range(E), key=lambda e: -logits[e].item())[:K]
+        weight = {e: 1 / (1 + torch.exp(-logits[e])) for e in chosen}
+        rows.append(
+            sum(
+                expert(weight[e] * token, layer.gate_up.weight[e], layer.down.weight[e])
+                for e in chosen
+            )
+        )
+    expected = torch.stack(rows)[None]
+    with torch.set_grad_enabled(mode == "train"):
+        y = layer(x).y
+    assert_close(y, expected.detach() if mode == "decode" else expected)
+    if mode == "train":
+        probe, weights = torch.randn_like(x), tuple(layer.parameters())
+        assert_close(
+            torch.autograd.grad(y, weights, probe), torch.autograd.grad(expected, weights, probe)
+        )
