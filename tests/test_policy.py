@@ -103,6 +103,20 @@ def test_strict_refuses_a_rule_that_matches_nothing():
 
 
 @pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (["expert"], r"rule 0.*matches no leaf"),
+        (["head", "attenton"], r"unknown role 'attenton'. Did you mean 'attention'"),
+    ],
+)
+def test_strict_refuses_roles_that_match_nothing(roles, message):
+    given = {"default": "nvfp4", "rules": [{"roles": roles, "use": "bf16"}]}
+    with pytest.raises(ValueError, match=message):
+        apply_policy(Blocks(), PrecisionPolicy.of(given))
+    apply_policy(Blocks(), PrecisionPolicy.of({**given, "strict": False}))
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ("nvfp5", "unknown precision 'nvfp5'. Did you mean 'nvfp4'"),

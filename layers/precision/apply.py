@@ -7,9 +7,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from layers.names import check_choice
 from layers.precision.leaf import Leaf
 from layers.precision.operands import LeafPrecision
-from layers.precision.policy import HIGH_ROLES, PrecisionPolicy
+from layers.precision.policy import HIGH_ROLES, ROLES, PrecisionPolicy
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.|$)")
 
@@ -167,6 +168,10 @@ def _refuse_misses(module: nn.Module, report: CoverageReport, n_layers: int) -> 
         for p in report.parameters
         if p.precision is None and p.name in matrices and p.role not in HIGH_ROLES
     ]
+    present = {p.role for p in report.parameters}
+    for rule in (*report.policy.rules, *(switch.rule for switch in report.policy.schedule)):
+        for role in rule.roles:
+            check_choice("role", role, sorted({*ROLES, *present}))
     if missed:
         raise ValueError(
             f"precision {report.policy.name!r} is strict, but no leaf owns {', '.join(missed)}: "
@@ -175,7 +180,8 @@ def _refuse_misses(module: nn.Module, report: CoverageReport, n_layers: int) -> 
     used = {p.rule for p in report.parameters}
     for number, rule in enumerate(report.policy.rules):
         by_layer = rule.layers is not None and n_layers > 0  # a part alone has no layers
-        if number not in used and (rule.name != "*" or by_layer):
+        by_role = any(role not in HIGH_ROLES for role in rule.roles)  # those are named in case
+        if number not in used and (rule.name != "*" or by_layer or by_role):
             raise ValueError(
                 f"precision {report.policy.name!r} is strict, but rule {number} "
                 f"({rule.to_plain()}) matches no leaf: correct it, or set strict to false"

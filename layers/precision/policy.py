@@ -15,6 +15,7 @@ from layers.selection import select_layers
 
 # Never on a coarse grid unless a rule says so by role: a changed score changes which expert runs.
 HIGH_ROLES = ("router", "norm", "embedding", "head", "constant", "product_keys")
+ROLES = ("ffn", "expert", "attention", "memory_values", *HIGH_ROLES)  # a variant may add its own
 
 
 @dataclass(frozen=True, kw_only=True)
