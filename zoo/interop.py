@@ -71,8 +71,8 @@ def export_moe(
 ) -> dict[str, Tensor]:
     """The `state_dict` of a `moe` as another library has it: `import_moe` backwards.
 
-    A tensor that needs no change is passed on, not copied; no two share memory, as safetensors
-    asks.
+    A tensor that needs no change is passed on, not copied; no two share memory, so that saving
+    writes each once.
 
     Args:
         state: ours by name, of one layer.

@@ -53,7 +53,8 @@ BLOCKS = {
 }  # fmt: skip
 CONFIGS = {"mixtral": "MixtralConfig", "olmoe": "OlmoeConfig", "qwen3_moe": "Qwen3MoeConfig",
            "deepseek_v2": "DeepseekV2Config", "deepseek_v3": "DeepseekV3Config",
-           "llama4": "Llama4TextConfig", "qwen2_moe": "Qwen2MoeConfig"}  # fmt: skip
+           "llama4": "Llama4TextConfig", "qwen2_moe": "Qwen2MoeConfig",
+           "gpt_oss": "GptOssConfig"}  # fmt: skip
 
 
 def draw(module):
@@ -147,6 +148,35 @@ def test_the_routed_half_of_qwen2_moe():
     assert_near(y, their_y, "y")
     assert_near(dx, their_dx, "dx")
     for name, grad in import_moe(routed, "qwen3_moe").items():
+        assert_near(dw[name], grad, f"gradient of {name}")
+
+
+def test_gpt_oss_where_its_experts_are_swiglu():
+    """alpha 1, no clamp and biases that take its `up + 1` back: all else that it does is ours.
+
+    Its biases and clamp are no options of `moe`.
+    """
+    options = {"num_local_experts": E, "intermediate_size": F}
+    block = theirs("gpt_oss", "GptOssMLP", options)
+    block.experts.alpha, block.experts.limit = 1.0, float("inf")
+    torch.nn.init.zeros_(block.experts.gate_up_proj_bias)
+    torch.nn.init.constant_(block.experts.gate_up_proj_bias[:, 1::2], -1.0)
+    torch.nn.init.zeros_(block.experts.down_proj_bias)
+
+    def taken(tensors):
+        ours = {k: t for k, t in tensors.items() if not k.endswith("bias")}
+        state = import_moe(ours, "llama4", layout="interleaved")  # their names, without the biases
+        return state | {"router.logit_bias": tensors["router.bias"]}
+
+    layer = our_block(taken(block.state_dict()), {"name": "top_k", "preset": "gpt_oss"})
+    x, probe = torch.randn(2, B, S, D)
+    y, dx, dw = run(layer, x, probe)
+    their_y, their_dx, their_dw = run(block, x, probe)
+    assert_near(y, their_y, "y")
+    assert_near(dx, their_dx, "dx")
+    expected = taken(their_dw)
+    assert expected.keys() == dw.keys()
+    for name, grad in expected.items():
         assert_near(dw[name], grad, f"gradient of {name}")
 
 
