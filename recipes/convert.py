@@ -1,0 +1,124 @@
+"""Convert a finished dense run into a mixture of experts, and say what that cost before training.
+
+convert.json         what it came from, options, each layer's receipt, bits per byte, parameters
+recipe.yaml          the run's, with the converted layers and weights of a router's losses
+weights.safetensors  of the mixture
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from recipes import load, record
+from recipes.costing import whole_model_cost
+from recipes.curve import final_evaluation
+from recipes.data import TextData
+from recipes.quantize import read_model
+from recipes.runtime import settings
+from recipes.schema import Recipe
+from zoo.conversion import Conversion, convert
+from zoo.conversion.methods import method_of
+from zoo.pretrained import write_weights
+
+LOSS_WEIGHTS = {"balance": 0.01, "z": 0.001}  # as recipes/moe.yaml; a recipe's own win
+CHANGED = {"quantize.json": "quantised", "pack.json": "packed"}
+
+
+def convert_run(
+    run: Path | str, /, *, to: str = "upcycle", out: Path | str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Turn the dense layers of a finished run into mixtures, in a directory of its own.
+
+    Args:
+        run: a finished run's directory, its chosen layers `swiglu`.
+        to: a row of `zoo.conversion.METHODS`: upcycle | granular | drop | factor_llm.
+        out: a directory that is not there yet; None: beside the run, named after the conversion.
+        options: of the conversion (`zoo.conversion.methods`), e.g. n_experts=8; what is drawn
+            comes from the recipe's seed.
+
+    Returns:
+        The content of convert.json.
+
+    Raises:
+        ValueError: no finished run there, one that is quantised or packed, an unknown conversion or
+            option, a layer that is not dense, a directory in the way.
+    """
+    run, row = Path(run).resolve(), method_of(to)
+    chosen = load.merge(row.options, {}, options, what=f"{to} option")
+    _check_run(run)
+    out = Path(str(out)) if out else run.with_name(f"{run.name}-{to}")
+    if out.exists():
+        raise ValueError(f"{out} is already there: give another out=, or delete it")
+    dense = read_model(run)
+    made = convert(dense.model, to, seed=dense.recipe.seed, **vars(chosen))
+    recipe = _recipe(dense.recipe, made)
+    load.check(recipe)
+    with settings(recipe.trainer), _filling(out) as part:
+        record.write_text(part / "recipe.yaml", load.to_yaml(recipe))
+        write_weights(made.model, part / "weights.safetensors")
+        (part / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
+        data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
+        tasks = {"before": dense, "after": read_model(part)}  # as it will be read
+        result = {
+            "to": to,
+            "options": load.to_plain(chosen),
+            "run": run.name,
+            "seed": recipe.seed,
+            "layers": [asdict(each) for each in made.receipts],
+            "bpb": {n: final_evaluation(t, data).bpb.final().bpb for n, t in tasks.items()},
+            "params": {n: whole_model_cost(t.recipe).params for n, t in tasks.items()},
+            "active_params": {
+                n: whole_model_cost(t.recipe).active_params for n, t in tasks.items()
+            },
+            "versions": record.versions(),
+            "commit": record.commit(),
+        }
+        record.write_json(part / "convert.json", result)
+    return result
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """A short table of what `convert_run` returned."""
+    print(f"{'layer':>5s} {'largest difference':>19s} {'mean':>10s} {'scale':>7s}")
+    for layer in result["layers"]:
+        print(
+            f"{layer['layer']:5d} {layer['largest']:19.2e} {layer['mean']:10.2e} "
+            f"{layer['scale']:7.4f}"
+        )
+    bpb, params, active = result["bpb"], result["params"], result["active_params"]
+    print(
+        f"{result['to']}: {bpb['before']:.4f} -> {bpb['after']:.4f} bits/byte, "
+        f"{params['before']:,} -> {params['after']:,} parameters, "
+        f"{active['before']:,.0f} -> {active['after']:,.0f} active"
+    )
+
+
+def _check_run(run: Path) -> None:
+    """Raise where no finished dense run lies whose weights are its own."""
+    if not (run / "recipe.yaml").is_file() or not (run / "weights.safetensors").is_file():
+        raise ValueError(f"{run}: no recipe.yaml and weights.safetensors: is it a finished run?")
+    for name, word in CHANGED.items():
+        if (run / name).is_file():
+            raise ValueError(f"{run} is {word}: convert the run that it came from")
+
+
+def _recipe(recipe: Recipe, made: Conversion) -> Recipe:
+    """The run's recipe with the converted model; a router's losses need weights to train on."""
+    weights = LOSS_WEIGHTS | recipe.loss_weights
+    return replace(recipe, model=made.model.config, loss_weights=weights)
+
+
+@contextmanager
+def _filling(out: Path) -> Iterator[Path]:
+    """A directory to fill in place of `out`; it takes the name when the block ends well."""
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

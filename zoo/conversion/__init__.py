@@ -1,0 +1,53 @@
+"""From a trained dense FFN to a mixture of experts, with a receipt of what that changed."""
+
+from zoo.conversion.grouping import (
+    GROUPINGS,
+    balanced_kmeans,
+    contiguous_groups,
+    kmeans_groups,
+    random_groups,
+)
+from zoo.conversion.layer import LayerReceipt, convert_ffn, dense_of, receipt
+from zoo.conversion.methods import METHODS, ConversionOptions, Method, options_for
+from zoo.conversion.model import Conversion, convert
+from zoo.conversion.prior import expert_outputs, pa_labels, pa_loss, straight_through
+from zoo.conversion.stacks import (
+    DenseFFN,
+    ExpertStacks,
+    drop_upcycle,
+    granular_upcycle,
+    mixing_scale,
+    sparse_upcycle,
+    split_neurons,
+    with_noise,
+)
+
+__all__ = [
+    "GROUPINGS",
+    "METHODS",
+    "Conversion",
+    "ConversionOptions",
+    "DenseFFN",
+    "ExpertStacks",
+    "LayerReceipt",
+    "Method",
+    "balanced_kmeans",
+    "contiguous_groups",
+    "convert",
+    "convert_ffn",
+    "dense_of",
+    "drop_upcycle",
+    "expert_outputs",
+    "granular_upcycle",
+    "kmeans_groups",
+    "mixing_scale",
+    "options_for",
+    "pa_labels",
+    "pa_loss",
+    "random_groups",
+    "receipt",
+    "sparse_upcycle",
+    "split_neurons",
+    "straight_through",
+    "with_noise",
+]

@@ -1,0 +1,96 @@
+"""One layer converted, and what that changed of its output."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layers.moe import MoE
+from layers.swiglu import SwiGLU
+from zoo.conversion.methods import METHODS, options_for
+from zoo.conversion.stacks import DenseFFN, with_noise
+from zoo.registry import create
+
+RECEIPT_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReceipt:
+    """The mixture's output against the dense FFN's, before any training; no unit."""
+
+    layer: int
+    largest: float  # over tokens, of |mixture(x) - dense(x)| / |dense(x)|
+    mean: float  # over tokens
+    scale: float  # <mixture(x), dense(x)> / <dense(x), dense(x)>, over all tokens: 1 is kept
+
+
+def dense_of(ffn: nn.Module) -> DenseFFN:
+    """The weights of a `swiglu` layer. Raises ValueError for another or a quantised one."""
+    if not isinstance(ffn, SwiGLU):
+        raise ValueError(f"only swiglu layers are converted, got a {type(ffn).__name__}")
+    if ffn.gate_up.correction is not None or ffn.down.correction is not None:
+        raise ValueError("a quantised layer is not converted: convert the run that it came from")
+    gate, up = ffn.gate_up.weight.detach().chunk(2)
+    return DenseFFN(gate, up, ffn.down.weight.detach())
+
+
+def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> MoE:
+    """A `moe` layer in place of a `swiglu` layer, on the same device in the same dtype.
+
+    Args:
+        ffn: a `layers.swiglu.SwiGLU`.
+        to: a row of `METHODS`.
+        seed: of the router and whatever else is drawn.
+        options: of the method (`zoo.conversion.methods`).
+
+    Raises:
+        ValueError: for another kind of layer, or options that its width does not allow.
+    """
+    dense, generator = dense_of(ffn), torch.Generator().manual_seed(seed)
+    assert isinstance(ffn, SwiGLU)
+    said = options_for(to, options)
+    says = said.layer(ffn.config.hidden, ffn.config.activation)
+    moe = create(**says, d_model=ffn.config.d_model)
+    assert isinstance(moe, MoE)
+    moe.to(dense.up.device, dense.up.dtype)
+    moe.router.to(torch.promote_types(dense.up.dtype, torch.float32))  # a router decides in float32
+    stacks = with_noise(METHODS[to].stacks(dense, said, generator), said.noise, generator)
+    with torch.no_grad():
+        moe.gate_up.weight.copy_(stacks.gate_up)
+        moe.down.weight.copy_(stacks.down)
+        rows = said.router_rows(ffn.config.d_model, generator)
+        moe.router.weight.copy_(rows)  # pyright: ignore[reportCallIssue]
+    return moe
+
+
+@torch.no_grad()
+def receipt(ffn: SwiGLU, moe: MoE, layer: int, seed: int) -> LayerReceipt:
+    """Compare in float64 without formats, on unit normal inputs, as an RMS norm hands them on.
+
+    ffn, moe: the layer before and after, which stay as they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, RECEIPT_TOKENS, ffn.config.d_model, generator=generator).double()
+    before, after = (_exactly(module)(x).y[0] for module in (ffn, moe))
+    difference = _norm(after - before) / _norm(before).clamp(min=1e-300)
+    return LayerReceipt(
+        layer=layer,
+        largest=float(difference.max()),
+        mean=float(difference.mean()),
+        scale=float((after * before).sum() / before.square().sum().clamp(min=1e-300)),
+    )
+
+
+def _exactly(module: SwiGLU | MoE) -> nn.Module:
+    """A float64 copy that computes in no format, evaluating, on the CPU."""
+    if isinstance(module, SwiGLU):
+        copy: nn.Module = SwiGLU(module.config)
+    else:
+        copy = MoE(module.config, type(module.router)(module.router.config))
+    copy.double().load_state_dict(module.state_dict())
+    return copy.eval()
+
+
+def _norm(y: Tensor) -> Tensor:
+    return y.norm(dim=-1)

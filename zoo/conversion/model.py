@@ -1,0 +1,85 @@
+"""A whole model converted: chosen dense layers become mixtures, everything else is copied."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from layers.selection import select_layers
+from layers.swiglu import SwiGLU
+from zoo.conversion.layer import LayerReceipt, convert_ffn, receipt
+from zoo.conversion.methods import options_for
+from zoo.model import LanguageModel
+from zoo.plan import LayerChoice, layer_choices
+from zoo.pretrained import own_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert` made."""
+
+    model: LanguageModel  # float32, without a precision policy: set the run's anew
+    receipts: tuple[LayerReceipt, ...]  # one for each converted layer
+
+
+def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> Conversion:
+    """The chosen layers of a dense model as mixtures (moe.md 12, converter contract).
+
+    Args:
+        model: its chosen layers are `swiglu`; it stays as it is.
+        to: a row of `METHODS`: upcycle | granular | drop | factor_llm.
+        seed: of everything drawn; each layer draws its own.
+        options: of the method (`zoo.conversion.methods`).
+
+    Raises:
+        ValueError: where no layer is chosen, one is no `swiglu`, a width does not split, or another
+            layer's shape hangs on what the converted ones hand on.
+    """
+    config, said = model.config, options_for(to, options)
+    chosen = select_layers(said.layers, config.n_layers)
+    if not chosen:
+        raise ValueError(f"layers={said.layers!r} names none of {config.n_layers} layers")
+    says = [_said(choice) for choice in layer_choices(config.ffn, config.n_layers)]
+    mixtures, receipts = {}, []
+    for i in chosen:
+        ffn, layer_seed = _ffn(model, i), seed * 1_000_003 + i
+        mixtures[i] = convert_ffn(ffn, to, seed=layer_seed, **options)
+        says[i] = said.layer(ffn.config.hidden, ffn.config.activation)
+        receipts.append(receipt(ffn, mixtures[i], i, layer_seed))
+    ffn_says: Any = says[0] if all(each == says[0] for each in says) else says
+    made = LanguageModel(replace(config, ffn=ffn_says))
+    new = {
+        f"blocks.{i}.ffn.{name}": tensor
+        for i, mixture in mixtures.items()
+        for name, tensor in mixture.state_dict().items()
+    }
+    _fill(made, own_tensors(model) | new)
+    return Conversion(model=made, receipts=tuple(receipts))
+
+
+def _ffn(model: LanguageModel, layer: int) -> SwiGLU:
+    ffn = model.blocks[layer].ffn
+    if not isinstance(ffn, SwiGLU):
+        raise ValueError(
+            f"layer {layer} is a {type(ffn).__name__}, only swiglu layers are converted: "
+            "choose others with layers="
+        )
+    return ffn
+
+
+def _said(choice: LayerChoice) -> dict[str, Any]:
+    """A layer's choice as a recipe says it."""
+    said = {"name": choice.ffn, **choice.options}
+    return said if choice.router is None else said | {"router": choice.router}
+
+
+@torch.no_grad()
+def _fill(made: LanguageModel, given: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in own_tensors(made).items():
+        if name not in given or given[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} would change its shape: a later layer's router reads the logits that the "
+                "converted layers hand on; convert layers after it, with layers="
+            )
+        tensor.copy_(given[name])

@@ -1,0 +1,60 @@
+"""FactorLLM's prior-approximate routing: what its router is taught (arXiv:2408.11855; moe.md 10).
+
+The loss of training is cross-entropy + 0.05 * the sum over layers of `pa_loss` + 0.01 * balance.
+"""
+
+import torch
+from torch import Tensor
+
+from layers.swiglu import glu
+from zoo.conversion.stacks import ExpertStacks
+
+CLIP = 1e-7  # the published code's bound of both distributions
+
+
+def expert_outputs(x: Tensor, stacks: ExpertStacks, activation: str = "silu") -> Tensor:
+    """Every expert on every token, without weights. x: [T, D]. Returns [T, E, D]."""
+    h = glu(torch.einsum("td,efd->tef", x, stacks.gate_up), activation)
+    return torch.einsum("tef,edf->ted", h, stacks.down)
+
+
+def pa_labels(outputs: Tensor, target: Tensor, top_k: int) -> Tensor:
+    """Pseudo-labels: the K experts whose outputs alone come nearest to K / N of the teacher's.
+
+    Args:
+        outputs: [T, N, D], of the experts on the teacher's inputs, unscaled (`expert_outputs`).
+        target: [T, D], of the frozen dense FFN on the same inputs.
+        top_k: K.
+
+    Returns:
+        [T, N] of 0 and 1, K ones in a row; no gradient. N / K is a fraction where K does not divide
+        N; the published code rounds it down.
+    """
+    n_experts = outputs.shape[1]
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k must be in [1, {n_experts}], got {top_k}")
+    outputs, target = outputs.detach(), target.detach()
+    distance = (outputs - target[:, None] * (top_k / n_experts)).square().mean(-1)  # [T, N]
+    nearest = distance.sort(dim=-1, stable=True).indices[:, :top_k]
+    return torch.zeros_like(distance).scatter_(-1, nearest, 1.0)
+
+
+def pa_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(p || q), mean over tokens; p = softmax(logits), q = softmax(labels), nats.
+
+    logits, labels: [T, N]; mask: [T] bool, True where a token is real. Both distributions are
+    clipped to [1e-7, 1 - 1e-7]. Unlike the published helper it averages over all tokens.
+    """
+    p, q = (x.float().softmax(-1).clamp(CLIP, 1 - CLIP) for x in (logits, labels))
+    divergence = (p * (p.log() - q.log())).sum(-1)  # [T]
+    if mask is None:
+        return divergence.mean()
+    return divergence.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+
+
+def straight_through(mask: Tensor, probs: Tensor) -> Tensor:
+    """The hard mask in value, the probabilities' gradient: mask + p - p.detach(). [T, N] each.
+
+    A hard mask sends the router nothing of the task's loss.
+    """
+    return mask.detach() + (probs - probs.detach())
