@@ -4,6 +4,7 @@ from layers.precision import seed_rounding, update_delayed_scales
 from zoo.accounting import module_cost
 from zoo.budget import Match, match
 from zoo.describe import Card, describe
+from zoo.interop import export_moe, import_moe, moe_sizes
 from zoo.model import LanguageModel, ModelConfig, build
 from zoo.packing import PackReport, pack
 from zoo.precision import describe_format, formats, policy_of, precisions, set_precision
@@ -21,9 +22,12 @@ __all__ = [
     "create",
     "describe",
     "describe_format",
+    "export_moe",
     "formats",
+    "import_moe",
     "match",
     "module_cost",
+    "moe_sizes",
     "names",
     "pack",
     "policy_of",
