@@ -1,73 +1,27 @@
 """Dense FFNs as mixtures: what must be exact is, against loops in float64."""
 
 import itertools
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conversion_toys import ROWS, WIDTH, D, dense, generator, mixture_loop, one_expert
 from recipe_toys import refused
 
 import zoo
-from layers.swiglu import GATES
 from zoo.conversion import (
-    GROUPINGS,
     METHODS,
     DenseFFN,
-    balanced_kmeans,
-    convert,
     convert_ffn,
     dense_of,
     drop_upcycle,
-    expert_outputs,
     granular_upcycle,
     mixing_scale,
     pa_labels,
-    pa_loss,
     receipt,
     sparse_upcycle,
     split_neurons,
-    straight_through,
     with_noise,
 )
-
-D, WIDTH = 16, 24
-ROWS = (1, 2, 3, 7, 16, 33, 130)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def dense(activation="silu", d_ff=WIDTH, dtype=torch.float64):
-    return zoo.create("swiglu", d_model=D, d_ff=d_ff, activation=activation).to(dtype)
-
-
-def one_expert(x, gate, up, down, activation="silu"):
-    """Neuron by neuron, from the definition."""
-    y = torch.zeros_like(x)
-    for n in range(up.shape[0]):
-        h = GATES[activation]((gate[n] * x).sum()) * (up[n] * x).sum()
-        y += h * down[:, n]
-    return y
-
-
-def mixture_loop(x, moe):
-    """Token by token: softmax, the K largest, their experts one after another."""
-    c, router, out = moe.config, moe.router, []
-    for token in x:
-        logits = router.weight.to(x.dtype) @ token
-        if router.logit_bias is not None:
-            logits = logits + router.logit_bias
-        chosen = logits.argsort(descending=True, stable=True)[: c.top_k].tolist()
-        p = logits[chosen].softmax(0) if router.config.renormalize else logits.softmax(0)[chosen]
-        y = torch.zeros_like(token)
-        for weight, e in zip(p, chosen, strict=True):
-            gate, up = moe.gate_up.weight[e].chunk(2)
-            y += weight * one_expert(token, gate, up, moe.down.weight[e], c.activation)
-        out.append(y)
-    return torch.stack(out)
-
 
 EXACT = {
     "upcycle": {"n_experts": 5, "top_k": 2},
@@ -173,52 +127,6 @@ def test_mixing_scales_are_those_of_the_papers():
     assert mixing_scale(1, 5, 2, renormalize=True) / 2 == 5 / 2
 
 
-@pytest.mark.parametrize("split", GROUPINGS)
-@pytest.mark.parametrize("n_experts", [1, 2, 3, 8, 24])
-def test_the_experts_of_a_split_add_up_to_the_dense_ffn(split, n_experts):
-    ffn = dense()
-    weights = dense_of(ffn)
-    groups = GROUPINGS[split](weights.up, n_experts, generator())
-    assert groups.shape == (n_experts, WIDTH // n_experts)
-    assert torch.equal(groups.flatten().sort().values, torch.arange(WIDTH))  # each neuron once
-    stacks = split_neurons(weights, groups)
-    for rows in ROWS:
-        x = torch.randn(rows, D, dtype=torch.float64)
-        outputs = expert_outputs(x, stacks)  # [T, N, D]
-        torch.testing.assert_close(outputs.sum(1), ffn(x[None]).y[0], rtol=1e-12, atol=1e-13)
-    x = torch.randn(2, D, dtype=torch.float64)
-    for e, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
-        gate, up = gate_up.chunk(2)
-        loop = torch.stack([one_expert(token, gate, up, down) for token in x])
-        torch.testing.assert_close(expert_outputs(x, stacks)[:, e], loop, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("split", GROUPINGS)
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_factor_llm_with_all_experts_is_the_dense_ffn(split, renormalize):
-    """Scale N / K = 1; even weights."""
-    ffn = dense()
-    moe = convert_ffn(
-        ffn, "factor_llm", n_experts=4, top_k=4, split=split, renormalize=renormalize,
-        router_std=1e-12,
-    )  # fmt: skip
-    for rows in ROWS:
-        x = torch.randn(1, rows, D, dtype=torch.float64)
-        torch.testing.assert_close(moe(x).y, ffn(x).y, rtol=1e-9, atol=1e-10)
-
-
-def test_factor_llm_counts_k_of_n_experts_n_over_k_times():
-    """N = 4 of which K = 3: the published integer division would count them once."""
-    ffn = dense()
-    moe = convert_ffn(ffn, "factor_llm", n_experts=4, top_k=3, router_std=1e-12)
-    x = torch.randn(12, D, dtype=torch.float64)
-    outputs = expert_outputs(x, split_neurons(dense_of(ffn), torch.arange(WIDTH).view(4, 6)))
-    chosen = moe.router(x).experts
-    hard = torch.zeros(12, 4, dtype=x.dtype).scatter_(1, chosen, 1.0)
-    expected = 4 / 3 * (outputs * hard[..., None]).sum(1)
-    torch.testing.assert_close(moe(x[None]).y[0], expected, rtol=1e-9, atol=1e-10)
-
-
 @pytest.mark.parametrize("to", METHODS)
 def test_permuting_neurons_or_experts_changes_nothing(to):
     ffn, order = dense(), torch.randperm(WIDTH, generator=generator())
@@ -279,141 +187,6 @@ def test_noise_is_relative_and_tells_copies_apart():
         share = (new - old).square().mean().sqrt() / old.square().mean().sqrt()
         assert share == pytest.approx(0.05, rel=0.05)
         assert not torch.equal(new[0], new[1])
-
-
-def cost_of(points, labels):
-    return sum(
-        (points[labels == j] - points[labels == j].mean(0)).square().sum() for j in labels.unique()
-    )
-
-
-@pytest.mark.parametrize("n_groups", [2, 3, 5])
-def test_balanced_kmeans_finds_planted_groups(n_groups):
-    planted = torch.arange(n_groups).repeat(20)
-    points = 4 * torch.randn(n_groups, 6)[planted] + 0.1 * torch.randn(len(planted), 6)
-    labels = balanced_kmeans(points, n_groups, generator())
-    pairs = {(a, b) for a, b in zip(labels.tolist(), planted.tolist(), strict=True)}
-    assert len(pairs) == n_groups
-
-
-def test_balanced_kmeans_is_balanced_repeatable_and_cannot_be_bettered_by_a_swap():
-    points = torch.randn(24, 3)
-    labels = balanced_kmeans(points, 4, generator())
-    assert labels.bincount().tolist() == [6] * 4
-    assert torch.equal(labels, balanced_kmeans(points, 4, generator()))
-    centres = torch.stack([points[labels == j].mean(0) for j in range(4)])
-    distances = torch.cdist(points, centres).square()
-    held = distances.gather(1, labels[:, None]).sum()
-    for a, b in itertools.combinations(range(24), 2):
-        other = labels.clone()
-        other[[a, b]] = labels[[b, a]]
-        assert distances.gather(1, other[:, None]).sum() >= held - 1e-5
-    at_random = torch.arange(4).repeat(6)
-    assert cost_of(points, labels) < 0.9 * cost_of(points, at_random)
-
-
-def test_balanced_kmeans_of_equal_points_is_still_balanced():
-    labels = balanced_kmeans(torch.ones(12, 2), 3, generator())
-    assert labels.bincount().tolist() == [4] * 3
-
-
-def test_pa_labels_are_the_experts_nearest_to_their_share_of_the_teacher():
-    outputs, target = torch.randn(20, 5, D), torch.randn(20, D)
-    labels = pa_labels(outputs, target, 2)
-    for t in range(20):
-        distance = [((outputs[t, e] - target[t] * 2 / 5) ** 2).mean().item() for e in range(5)]
-        nearest = sorted(range(5), key=distance.__getitem__)[:2]
-        assert labels[t].nonzero().flatten().tolist() == sorted(nearest)
-    assert torch.equal(pa_labels(outputs, target, 5), torch.ones(20, 5))
-
-
-def test_pa_loss_is_the_clipped_divergence_meaned_over_real_tokens():
-    logits, labels = torch.randn(6, 4) * 20, F.one_hot(torch.arange(6) % 4, 4).float()
-    per_token = []
-    for t in range(6):
-        p, q = (
-            [min(max(v, 1e-7), 1 - 1e-7) for v in row.softmax(0).tolist()]
-            for row in (logits[t], labels[t])
-        )
-        per_token.append(sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)))
-    assert pa_loss(logits, labels).item() == pytest.approx(sum(per_token) / 6, rel=1e-4)
-    mask = torch.tensor([True, False, True, True, False, False])
-    expected = (per_token[0] + per_token[2] + per_token[3]) / 3
-    assert pa_loss(logits, labels, mask).item() == pytest.approx(expected, rel=1e-4)
-    assert pa_loss(labels, labels).item() == pytest.approx(0, abs=1e-7)
-    assert pa_loss(logits, labels, torch.zeros(6, dtype=torch.bool)) == 0
-
-
-def test_pa_loss_teaches_a_router_the_pseudo_labels():
-    ffn = dense(dtype=torch.float32)
-    stacks = split_neurons(dense_of(ffn), torch.arange(WIDTH).view(4, 6))
-    x = torch.randn(64, D)
-    labels = pa_labels(expert_outputs(x, stacks), ffn(x[None]).y[0], 2)
-    weight = torch.zeros(4, D, requires_grad=True)
-    optimizer = torch.optim.Adam([weight], lr=0.05)
-    losses = []
-    for _ in range(60):
-        loss = pa_loss(x @ weight.t(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_a_straight_through_mask_is_hard_and_has_the_gradient_of_the_probabilities():
-    logits, probe = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
-    mask = torch.zeros(5, 4).scatter_(1, logits.topk(2).indices, 1.0)
-    hard = straight_through(mask, logits.softmax(-1))
-    torch.testing.assert_close(hard, mask)
-    (hard * probe).sum().backward()
-    (expected,) = torch.autograd.grad((logits.softmax(-1) * probe).sum(), logits)
-    torch.testing.assert_close(logits.grad, expected)
-
-
-def tiny_model(**options):
-    config = {"vocab_size": 40, "d_model": D, "n_layers": 3, "n_heads": 2, "max_seq_len": 16}
-    return zoo.build(config | {"ffn": {"name": "swiglu", "d_ff": WIDTH}} | options)
-
-
-@pytest.mark.parametrize("to", ["upcycle", "granular"])
-def test_a_converted_model_gives_the_logits_of_the_dense_one(to):
-    model, tokens = tiny_model(), torch.randint(40, (2, 9))
-    made = convert(model, to)
-    assert [each.layer for each in made.receipts] == [0, 1, 2]
-    assert max(each.largest for each in made.receipts) < 1e-5
-    torch.testing.assert_close(made.model(tokens).logits, model(tokens).logits)
-    routers = [block.ffn.router.weight for block in made.model.blocks]
-    assert not torch.equal(routers[0], routers[1])
-
-
-def test_chosen_layers_are_converted_and_the_others_left():
-    plan = ["mlp", {"name": "swiglu", "preset": "geglu", "d_ff": WIDTH},
-            {"name": "moe", "d_expert": 8, "router": "llama4"}]  # fmt: skip
-    model, tokens = tiny_model(ffn=plan), torch.randint(40, (1, 5))
-    made = convert(model, "upcycle", layers="1", n_experts=3).model
-    assert [type(block.ffn).__name__ for block in made.blocks] == ["MLP", "MoE", "MoE"]
-    assert made.config.ffn[1]["activation"] == "gelu"
-    torch.testing.assert_close(made(tokens).logits, model(tokens).logits)
-    again = zoo.build({"model": {**vars(made.config)}})  # the config alone builds the same
-    again.load_state_dict(made.state_dict())
-    assert torch.equal(again(tokens).logits, made(tokens).logits)
-    assert made.config.ffn[2] == plan[2]
-    with refused("layer 0 is a MLP, only swiglu layers are converted"):
-        convert(model, "upcycle")
-    with refused("names none of 3 layers"):
-        convert(model, "upcycle", layers="3:")
-    behind = tiny_model(ffn=["swiglu", "swiglu", {"name": "moe_plus_plus", "d_expert": 8}])
-    with refused("a later layer's router reads the logits"):
-        convert(behind, "upcycle", layers="first")
-
-
-@pytest.mark.parametrize("to", METHODS)
-def test_the_same_seed_gives_the_same_model_and_another_another(to):
-    model = tiny_model()
-    one, same, other = (convert(model, to, seed=seed).model.state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one["blocks.0.ffn.router.weight"], other["blocks.0.ffn.router.weight"])
 
 
 def test_a_bfloat16_layer_keeps_its_dtype_and_its_router_float32():

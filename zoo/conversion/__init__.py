@@ -11,6 +11,7 @@ from zoo.conversion.layer import LayerReceipt, convert_ffn, dense_of, receipt
 from zoo.conversion.methods import METHODS, ConversionOptions, Method, options_for
 from zoo.conversion.model import Conversion, convert
 from zoo.conversion.prior import expert_outputs, pa_labels, pa_loss, straight_through
+from zoo.conversion.routed import LowRank, RoutedFFN, choose_blocks, routed_ffn
 from zoo.conversion.stacks import (
     DenseFFN,
     ExpertStacks,
@@ -30,8 +31,11 @@ __all__ = [
     "DenseFFN",
     "ExpertStacks",
     "LayerReceipt",
+    "LowRank",
     "Method",
+    "RoutedFFN",
     "balanced_kmeans",
+    "choose_blocks",
     "contiguous_groups",
     "convert",
     "convert_ffn",
@@ -46,6 +50,7 @@ __all__ = [
     "pa_loss",
     "random_groups",
     "receipt",
+    "routed_ffn",
     "sparse_upcycle",
     "split_neurons",
     "straight_through",

@@ -1,0 +1,54 @@
+"""Whole models converted: chosen layers become mixtures, everything else is as it was."""
+
+import pytest
+import torch
+from conversion_toys import WIDTH, D
+from recipe_toys import refused
+
+import zoo
+from zoo.conversion import METHODS, convert
+
+
+def tiny_model(**options):
+    config = {"vocab_size": 40, "d_model": D, "n_layers": 3, "n_heads": 2, "max_seq_len": 16}
+    return zoo.build(config | {"ffn": {"name": "swiglu", "d_ff": WIDTH}} | options)
+
+
+@pytest.mark.parametrize("to", ["upcycle", "granular"])
+def test_a_converted_model_gives_the_logits_of_the_dense_one(to):
+    model, tokens = tiny_model(), torch.randint(40, (2, 9))
+    made = convert(model, to)
+    assert [each.layer for each in made.receipts] == [0, 1, 2]
+    assert max(each.largest for each in made.receipts) < 1e-5
+    torch.testing.assert_close(made.model(tokens).logits, model(tokens).logits)
+    routers = [block.ffn.router.weight for block in made.model.blocks]
+    assert not torch.equal(routers[0], routers[1])
+
+
+def test_chosen_layers_are_converted_and_the_others_left():
+    plan = ["mlp", {"name": "swiglu", "preset": "geglu", "d_ff": WIDTH},
+            {"name": "moe", "d_expert": 8, "router": "llama4"}]  # fmt: skip
+    model, tokens = tiny_model(ffn=plan), torch.randint(40, (1, 5))
+    made = convert(model, "upcycle", layers="1", n_experts=3).model
+    assert [type(block.ffn).__name__ for block in made.blocks] == ["MLP", "MoE", "MoE"]
+    assert made.config.ffn[1]["activation"] == "gelu"
+    torch.testing.assert_close(made(tokens).logits, model(tokens).logits)
+    again = zoo.build({"model": {**vars(made.config)}})  # the config alone builds the same
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again(tokens).logits, made(tokens).logits)
+    assert made.config.ffn[2] == plan[2]
+    with refused("layer 0 is a MLP, only swiglu layers are converted"):
+        convert(model, "upcycle")
+    with refused("names none of 3 layers"):
+        convert(model, "upcycle", layers="3:")
+    behind = tiny_model(ffn=["swiglu", "swiglu", {"name": "moe_plus_plus", "d_expert": 8}])
+    with refused("a later layer's router reads the logits"):
+        convert(behind, "upcycle", layers="first")
+
+
+@pytest.mark.parametrize("to", METHODS)
+def test_the_same_seed_gives_the_same_model_and_another_another(to):
+    model = tiny_model()
+    one, same, other = (convert(model, to, seed=seed).model.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["blocks.0.ffn.router.weight"], other["blocks.0.ffn.router.weight"])
