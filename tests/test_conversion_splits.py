@@ -7,13 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conversion_toys import ROWS, WIDTH, D, dense, generator, one_expert
+from recipe_toys import refused
 
+import zoo
 from zoo.conversion import (
     GROUPINGS,
     balanced_kmeans,
     convert_ffn,
     dense_of,
     expert_outputs,
+    layer_pa_loss,
     pa_labels,
     pa_loss,
     split_neurons,
@@ -156,3 +159,25 @@ def test_a_straight_through_mask_is_hard_and_has_the_gradient_of_the_probabiliti
     (hard * probe).sum().backward()
     (expected,) = torch.autograd.grad((logits.softmax(-1) * probe).sum(), logits)
     torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_a_layer_is_taught_by_the_ffn_that_it_came_from(renormalize):
+    """The labels are those of its unscaled slices; only the router learns."""
+    ffn, x = dense(dtype=torch.float32), torch.randn(128, D)
+    moe = convert_ffn(ffn, "factor_llm", router_std=0.02, renormalize=renormalize)
+    slices = split_neurons(dense_of(ffn), torch.arange(WIDTH).view(4, 6))
+    labels = pa_labels(expert_outputs(x, slices), ffn(x[None]).y[0], 2)
+    loss = layer_pa_loss(moe, ffn, x)
+    torch.testing.assert_close(loss, pa_loss(moe.router(x).logits, labels))
+    mask = torch.arange(128) < 40
+    spoiled = x.masked_fill(~mask[:, None], torch.nan)
+    torch.testing.assert_close(
+        layer_pa_loss(moe, ffn, spoiled, mask), layer_pa_loss(moe, ffn, x[:40])
+    )
+    loss.backward()
+    assert {name for name, w in moe.named_parameters() if w.grad is not None} == {
+        "router.weight", "router.logit_bias",
+    }  # fmt: skip
+    with refused("factor_llm routes by top_k, got a RandomRouter"):
+        layer_pa_loss(zoo.create("moe", d_model=D, router="random"), ffn, x)

@@ -10,7 +10,7 @@ from zoo.conversion.grouping import (
 from zoo.conversion.layer import LayerReceipt, convert_ffn, dense_of, receipt
 from zoo.conversion.methods import METHODS, ConversionOptions, Method, options_for
 from zoo.conversion.model import Conversion, convert
-from zoo.conversion.prior import expert_outputs, pa_labels, pa_loss, straight_through
+from zoo.conversion.prior import expert_outputs, layer_pa_loss, pa_labels, pa_loss, straight_through
 from zoo.conversion.routed import LowRank, RoutedFFN, choose_blocks, routed_ffn
 from zoo.conversion.stacks import (
     DenseFFN,
@@ -44,6 +44,7 @@ __all__ = [
     "expert_outputs",
     "granular_upcycle",
     "kmeans_groups",
+    "layer_pa_loss",
     "mixing_scale",
     "options_for",
     "pa_labels",

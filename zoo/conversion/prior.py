@@ -6,8 +6,9 @@ The loss of training is cross-entropy + 0.05 * the sum over layers of `pa_loss` 
 import torch
 from torch import Tensor
 
-from layers.swiglu import glu
-from zoo.conversion.stacks import ExpertStacks
+from layers.moe import MoE
+from layers.swiglu import SwiGLU, glu
+from zoo.conversion.stacks import ExpertStacks, mixing_scale
 
 CLIP = 1e-7  # the published code's bound of both distributions
 
@@ -58,3 +59,25 @@ def straight_through(mask: Tensor, probs: Tensor) -> Tensor:
     A hard mask sends the router nothing of the task's loss.
     """
     return mask.detach() + (probs - probs.detach())
+
+
+def layer_pa_loss(moe: MoE, teacher: SwiGLU, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`pa_loss` of one layer of a `factor_llm` conversion against the FFN that it came from.
+
+    moe: its experts as they are now; their common scale is divided out. teacher: frozen. x: [T, D],
+    the FFN's inputs, of the teacher's model or the student's. mask: [T] bool. Teaches the router
+    alone. Computed without formats; raises ValueError for a router without such logits.
+    """
+    router, config = moe.router, moe.config
+    renormalize = getattr(getattr(router, "config", None), "renormalize", None)
+    if renormalize is None:
+        raise ValueError(f"factor_llm routes by top_k, got a {type(router).__name__}")
+    scale = mixing_scale(1, config.n_experts, config.top_k, renormalize=renormalize)
+    with torch.no_grad():
+        x = x if mask is None else x.masked_fill(~mask[:, None], 0)
+        stacks = ExpertStacks(moe.gate_up.weight, moe.down.weight / scale)
+        outputs = expert_outputs(x, stacks, config.activation)
+        gate_up = x @ teacher.gate_up.weight.t()
+        target = glu(gate_up, teacher.config.activation) @ teacher.down.weight.t()
+        labels = pa_labels(outputs, target, config.top_k)
+    return pa_loss(router(x.detach()).logits, labels, mask)
