@@ -3,6 +3,8 @@
 convert.json         what it came from, options, each layer's receipt, bits per byte, parameters
 recipe.yaml          the run's, with the converted layers and weights of a router's losses
 weights.safetensors  of the mixture
+result.json          the run's, with the mixture's figures and no curve, so that a report lays both
+                     side by side; steps, tokens and speed are those of the dense training
 """
 
 import shutil
@@ -13,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from recipes import load, record
-from recipes.costing import whole_model_cost
+from recipes.costing import run_cost, whole_model_cost
 from recipes.curve import final_evaluation
 from recipes.data import TextData
+from recipes.metrics import Evaluation
+from recipes.names import ffn_label
 from recipes.quantize import read_model
 from recipes.runtime import settings
 from recipes.schema import Recipe
@@ -62,21 +66,26 @@ def convert_run(
         (part / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
         data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
         tasks = {"before": dense, "after": read_model(part)}  # as it will be read
+        found = {name: final_evaluation(task, data) for name, task in tasks.items()}
+        costs = {name: whole_model_cost(task.recipe) for name, task in tasks.items()}
         result = {
             "to": to,
             "options": load.to_plain(chosen),
             "run": run.name,
             "seed": recipe.seed,
             "layers": [asdict(each) for each in made.receipts],
-            "bpb": {n: final_evaluation(t, data).bpb.final().bpb for n, t in tasks.items()},
-            "params": {n: whole_model_cost(t.recipe).params for n, t in tasks.items()},
-            "active_params": {
-                n: whole_model_cost(t.recipe).active_params for n, t in tasks.items()
-            },
+            "bpb": {name: each.bpb.final().bpb for name, each in found.items()},
+            "params": {name: cost.params for name, cost in costs.items()},
+            "active_params": {name: cost.active_params for name, cost in costs.items()},
             "versions": record.versions(),
             "commit": record.commit(),
         }
         record.write_json(part / "convert.json", result)
+        trained = record.read_result(run)
+        if trained is not None:
+            record.write_json(
+                part / "result.json", _run_result(trained, recipe, to, found["after"])
+            )
     return result
 
 
@@ -109,6 +118,26 @@ def _recipe(recipe: Recipe, made: Conversion) -> Recipe:
     """The run's recipe with the converted model; a router's losses need weights to train on."""
     weights = LOSS_WEIGHTS | recipe.loss_weights
     return replace(recipe, model=made.model.config, loss_weights=weights)
+
+
+def _run_result(
+    trained: dict[str, Any], recipe: Recipe, to: str, after: Evaluation
+) -> dict[str, Any]:
+    """result.json of the converted run."""
+    variant = f"{trained['variant']}-{to}"
+    return trained | {
+        "id": f"{variant}-{trained['precision']}-s{trained['seed']}",
+        "variant": variant,
+        "ffn": ffn_label(recipe.model.ffn),
+        "recipe": load.to_plain(recipe),
+        "cost": asdict(run_cost(whole_model_cost(recipe), tied=recipe.model.tie_embeddings)),
+        "final": asdict(after.bpb.final()),
+        "load": [asdict(layer) for layer in after.load.loads()],
+        "losses": after.losses,
+        "sharpness": after.sharpness.value(),
+        "curve": [],
+        "sample": None,
+    }
 
 
 @contextmanager

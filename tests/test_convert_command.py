@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from recipe_toys import evaluate_briefly, refused, tiny_recipe
+from recipe_toys import refused, tiny_recipe
 from safetensors.torch import load_file
 
 import zoo
@@ -15,6 +15,8 @@ from recipes.convert import convert_run, show
 from recipes.data import TextData
 from recipes.metrics import evaluate
 from recipes.quantize import quantize_run, read_model
+from recipes.report.records import read_results
+from recipes.report.runs import read_runs
 from recipes.sample import continue_text
 from recipes.train import train
 from zoo.conversion import METHODS
@@ -28,15 +30,15 @@ OPTIONS = {
 EXACT = ("upcycle", "granular")
 
 
+def short_evaluation(task, data):
+    """On a sliver of the validation part."""
+    return evaluate(task.model, data.eval_loader("validation", 2048), data.domains, 1e-3)
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Evaluate on a sliver of the validation part."""
-
-    def short(task, data):
-        return evaluate(task.model, data.eval_loader("validation", 2048), data.domains)
-
-    monkeypatch.setattr("recipes.convert.final_evaluation", short)
-    monkeypatch.setattr("recipes.quantize.final_evaluation", short)
+    monkeypatch.setattr("recipes.convert.final_evaluation", short_evaluation)
+    monkeypatch.setattr("recipes.quantize.final_evaluation", short_evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def run(tmp_path_factory):
     """A trained dense model, in bf16."""
     out = tmp_path_factory.mktemp("runs") / "toy"
     with pytest.MonkeyPatch.context() as patch:
-        evaluate_briefly(patch)
+        patch.setattr("recipes.train.final_evaluation", short_evaluation)
         recipe = tiny_recipe({"name": "swiglu", "d_ff": 48}, "loss_weights={z: 0.5}")
         train(load.load(load.to_plain(recipe), ["trainer.max_steps=20"]), out)
     return out
@@ -56,7 +58,7 @@ def test_the_directory_is_a_run_with_a_receipt(to, run, tmp_path, capsys):
     result = convert_run(run, to=to, out=out, **OPTIONS[to])
     assert json.loads((out / "convert.json").read_text()) == result
     assert {path.name for path in tmp_path.rglob("*")} == {
-        "made", "convert.json", "recipe.yaml", "weights.safetensors",
+        "made", "convert.json", "recipe.yaml", "weights.safetensors", "result.json",
     }  # fmt: skip
     assert result["to"] == to
     assert result["run"] == "toy"
@@ -83,6 +85,12 @@ def test_the_directory_is_a_run_with_a_receipt(to, run, tmp_path, capsys):
     assert recipe.loss_weights["z"] == 0.5  # the run's own
     assert recipe.loss_weights["balance"] == 0.01
     assert recipe.precision == "bf16"
+    both = read_results(read_runs([run, out])).runs  # as a report would
+    assert [each.final.bpb for each in both] == [bpb["before"], bpb["after"]]
+    assert [each.ffn for each in both] == ["swiglu", "moe"]
+    assert [each.variant for each in both] == ["swiglu", f"swiglu-{to}"]
+    assert [each.cost.params for each in both] == [params["before"], params["after"]]
+    assert [len(each.load) for each in both] == [0, 2]
     show(result)
     assert "bits/byte" in capsys.readouterr().out
 
