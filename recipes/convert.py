@@ -8,7 +8,7 @@ result.json          the run's, with the mixture's figures and no curve, so that
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,27 +65,15 @@ def convert_run(
         write_weights(made.model, part / "weights.safetensors")
         (part / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
         data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
-        tasks = {"before": dense, "after": read_model(part)}  # as it will be read
-        found = {name: final_evaluation(task, data) for name, task in tasks.items()}
-        costs = {name: whole_model_cost(task.recipe) for name, task in tasks.items()}
-        result = {
-            "to": to,
-            "options": load.to_plain(chosen),
-            "run": run.name,
-            "seed": recipe.seed,
-            "layers": [asdict(each) for each in made.receipts],
-            "bpb": {name: each.bpb.final().bpb for name, each in found.items()},
-            "params": {name: cost.params for name, cost in costs.items()},
-            "active_params": {name: cost.active_params for name, cost in costs.items()},
-            "versions": record.versions(),
-            "commit": record.commit(),
-        }
+        after = read_model(part)  # as it will be read
+        found = [(task.recipe, final_evaluation(task, data)) for task in (dense, after)]
+        about = {"to": to, "options": load.to_plain(chosen), "run": run.name, "seed": recipe.seed}
+        result = about | _measured(made, found)
         record.write_json(part / "convert.json", result)
         trained = record.read_result(run)
         if trained is not None:
-            record.write_json(
-                part / "result.json", _run_result(trained, recipe, to, found["after"])
-            )
+            as_run = _run_result(trained, recipe, to, found[1][1])
+            record.write_json(part / "result.json", as_run)
     return result
 
 
@@ -118,6 +106,21 @@ def _recipe(recipe: Recipe, made: Conversion) -> Recipe:
     """The run's recipe with the converted model; a router's losses need weights to train on."""
     weights = LOSS_WEIGHTS | recipe.loss_weights
     return replace(recipe, model=made.model.config, loss_weights=weights)
+
+
+def _measured(made: Conversion, found: Sequence[tuple[Recipe, Evaluation]]) -> dict[str, Any]:
+    """Receipts and what was found of the dense model and of the mixture, in this order."""
+    names = ("before", "after")
+    costs = [whole_model_cost(recipe) for recipe, _ in found]
+    bpb = [evaluation.bpb.final().bpb for _, evaluation in found]
+    return {
+        "layers": [asdict(each) for each in made.receipts],
+        "bpb": dict(zip(names, bpb, strict=True)),
+        "params": dict(zip(names, (cost.params for cost in costs), strict=True)),
+        "active_params": dict(zip(names, (cost.active_params for cost in costs), strict=True)),
+        "versions": record.versions(),
+        "commit": record.commit(),
+    }
 
 
 def _run_result(
