@@ -52,3 +52,14 @@ def test_the_same_seed_gives_the_same_model_and_another_another(to):
     one, same, other = (convert(model, to, seed=seed).model.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["blocks.0.ffn.router.weight"], other["blocks.0.ffn.router.weight"])
+
+
+def test_scales_kept_from_training_are_refused():
+    """In another precision a model converts whatever it computes in."""
+    model = tiny_model()
+    zoo.set_precision(model, "nvfp4")
+    assert max(each.largest for each in convert(model, "upcycle").receipts) < 1e-5
+    delayed = {"all": {"format": "fp8_e4m3", "scope": "delayed"}}
+    zoo.set_precision(model, {"name": "late", "default": delayed})
+    with refused("keeps static or delayed scales, which new experts lack"):
+        convert(model, "upcycle")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from layers.precision import leaves
 from layers.selection import select_layers
 from layers.swiglu import SwiGLU
 from zoo.conversion.layer import LayerReceipt, convert_ffn, receipt
@@ -33,9 +34,11 @@ def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> 
         options: of the method (`zoo.conversion.methods`).
 
     Raises:
-        ValueError: where no layer is chosen, one is no `swiglu`, a width does not split, or another
-            layer's shape hangs on what the converted ones hand on.
+        ValueError: where no layer is chosen, one is no `swiglu`, a width does not split, another
+            layer's shape hangs on what the converted ones hand on, or leaves hold scales of their
+            training.
     """
+    _check_scales(model)
     config, said = model.config, options_for(to, options)
     chosen = select_layers(said.layers, config.n_layers)
     if not chosen:
@@ -56,6 +59,16 @@ def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> 
     }
     _fill(made, own_tensors(model) | new)
     return Conversion(model=made, receipts=tuple(receipts))
+
+
+def _check_scales(model: LanguageModel) -> None:
+    """Refuse static and delayed scales: new experts have none, and 1 would not be theirs."""
+    for name, leaf in leaves(model).items():
+        if leaf.operand_scales is not None:
+            raise ValueError(
+                f"{name} keeps static or delayed scales, which new experts lack: convert a model "
+                "trained with scales of the tensor, the row or the block"
+            )
 
 
 def _ffn(model: LanguageModel, layer: int) -> SwiGLU:
