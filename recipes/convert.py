@@ -10,7 +10,8 @@ result.json          the run's, with the mixture's figures and no curve, so that
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from recipes.names import ffn_label
 from recipes.quantize import read_model
 from recipes.runtime import settings
 from recipes.schema import Recipe
-from zoo.conversion import Conversion, convert
+from recipes.task import LanguageModelTask
+from zoo.conversion import Conversion, convert, teach_routers
 from zoo.conversion.methods import method_of
 from zoo.pretrained import write_weights
 
@@ -31,8 +33,25 @@ LOSS_WEIGHTS = {"balance": 0.01, "z": 0.001}  # as recipes/moe.yaml; a recipe's 
 CHANGED = {"quantize.json": "quantised", "pack.json": "packed"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Teaching:
+    """Types of what does not belong to a conversion."""
+
+    teach_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.teach_steps < 0:
+            raise ValueError(f"teach_steps must not be negative, got {self.teach_steps}")
+
+
 def convert_run(
-    run: Path | str, /, *, to: str = "upcycle", out: Path | str | None = None, **options: Any
+    run: Path | str,
+    /,
+    *,
+    to: str = "upcycle",
+    out: Path | str | None = None,
+    teach_steps: int = 0,
+    **options: Any,
 ) -> dict[str, Any]:
     """Turn the dense layers of a finished run into mixtures, in a directory of its own.
 
@@ -40,6 +59,8 @@ def convert_run(
         run: a finished run's directory, its chosen layers `swiglu`.
         to: a row of `zoo.conversion.METHODS`: upcycle | granular | drop | factor_llm.
         out: a directory that is not there yet; None: beside the run, named after the conversion.
+        teach_steps: batches of the run's training data on which the dense model teaches the routers
+            of factor_llm, before bits per byte are measured; receipts are of before.
         options: of the conversion (`zoo.conversion.methods`), e.g. n_experts=8; what is drawn
             comes from the recipe's seed.
 
@@ -52,6 +73,9 @@ def convert_run(
     """
     run, row = Path(run).resolve(), method_of(to)
     chosen = load.merge(row.options, {}, options, what=f"{to} option")
+    load.merge(_Teaching, {}, {"teach_steps": teach_steps}, what="convert")
+    if teach_steps and to != "factor_llm":
+        raise ValueError(f"teach_steps is of factor_llm, which has labels for routers, not of {to}")
     _check_run(run)
     out = Path(str(out)) if out else run.with_name(f"{run.name}-{to}")
     if out.exists():
@@ -61,14 +85,15 @@ def convert_run(
     recipe = _recipe(dense.recipe, made)
     load.check(recipe)
     with settings(recipe.trainer), _filling(out) as part:
+        data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
+        taught = _taught(made, dense, data, teach_steps)
         record.write_text(part / "recipe.yaml", load.to_yaml(recipe))
         write_weights(made.model, part / "weights.safetensors")
         (part / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
-        data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
         after = read_model(part)  # as it will be read
         found = [(task.recipe, final_evaluation(task, data)) for task in (dense, after)]
         about = {"to": to, "options": load.to_plain(chosen), "run": run.name, "seed": recipe.seed}
-        result = about | _measured(made, found)
+        result = about | taught | _measured(made, found)
         record.write_json(part / "convert.json", result)
         trained = record.read_result(run)
         if trained is not None:
@@ -84,6 +109,11 @@ def show(result: Mapping[str, Any]) -> None:
         print(
             f"{layer['layer']:5d} {layer['largest']:19.2e} {layer['mean']:10.2e} "
             f"{layer['scale']:7.4f}"
+        )
+    if result["teach"]["loss"]:
+        first, last = result["teach"]["loss"]
+        print(
+            f"routers taught for {result['teach']['steps']} steps: {first:.3f} -> {last:.3f} nats"
         )
     bpb, params, active = result["bpb"], result["params"], result["active_params"]
     print(
@@ -106,6 +136,15 @@ def _recipe(recipe: Recipe, made: Conversion) -> Recipe:
     """The run's recipe with the converted model; a router's losses need weights to train on."""
     weights = LOSS_WEIGHTS | recipe.loss_weights
     return replace(recipe, model=made.model.config, loss_weights=weights)
+
+
+def _taught(
+    made: Conversion, dense: LanguageModelTask, data: TextData, n_steps: int
+) -> dict[str, Any]:
+    """The routers taught; what convert.json says of it."""
+    batches = (batch.tokens for batch in islice(data.train_dataloader(), n_steps))
+    losses = teach_routers(made.model, dense.model, batches) if n_steps else []
+    return {"teach": {"steps": n_steps, "loss": [losses[0], losses[-1]] if losses else None}}
 
 
 def _measured(made: Conversion, found: Sequence[tuple[Recipe, Evaluation]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from conversion_toys import WIDTH, D
 from recipe_toys import refused
 
 import zoo
-from zoo.conversion import METHODS, convert
+from zoo.conversion import METHODS, convert, layer_pa_loss, teach_routers
 
 
 def tiny_model(**options):
@@ -63,3 +63,30 @@ def test_scales_kept_from_training_are_refused():
     zoo.set_precision(model, {"name": "late", "default": delayed})
     with refused("keeps static or delayed scales, which new experts lack"):
         convert(model, "upcycle")
+
+
+def test_routers_are_taught_at_the_dense_models_inputs():
+    teacher, tokens = tiny_model().train(), torch.randint(40, (4, 16))
+    student = convert(teacher, "factor_llm", layers="1:", router_std=0.02).model
+    before = {name: w.clone() for name, w in student.state_dict().items()}
+    read = []
+    for layer in (1, 2):
+        hook = teacher.blocks[layer].ffn.register_forward_pre_hook(lambda _, x: read.append(x[0]))
+        teacher(tokens)
+        hook.remove()
+    expected = sum(
+        layer_pa_loss(student.blocks[i].ffn, teacher.blocks[i].ffn, read[i - 1].flatten(0, 1)) / 2
+        for i in (1, 2)
+    )
+    losses = teach_routers(student, teacher, [tokens] * 30)
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses[-1] < 0.8 * losses[0]
+    changed = {n for n, w in student.state_dict().items() if not torch.equal(w, before[n])}
+    assert changed == {
+        f"blocks.{i}.ffn.router.{name}" for i in (1, 2) for name in ("weight", "logit_bias")
+    }
+    assert teacher.training
+    assert not any(block.ffn._forward_pre_hooks for block in teacher.blocks)
+    assert all(w.grad is None for w in teacher.parameters())
+    with refused("no layer of the student is a mixture in place of a dense FFN"):
+        teach_routers(teacher, teacher, [tokens])

@@ -139,6 +139,28 @@ def test_training_goes_on_from_its_weights(to, run, tmp_path):
     assert all(not torch.equal(w, start[name]) for name, w in task.model.named_parameters())
 
 
+def test_routers_may_be_taught_first(run, tmp_path, capsys):
+    plain = convert_run(run, to="factor_llm", out=tmp_path / "plain", top_k=3)
+    taught = convert_run(run, to="factor_llm", out=tmp_path / "taught", top_k=3, teach_steps=20)
+    assert plain["teach"] == {"steps": 0, "loss": None}
+    assert taught["layers"] == plain["layers"]
+    show(taught)
+    assert "routers taught for 20 steps" in capsys.readouterr().out
+    first, last = taught["teach"]["loss"]
+    assert last < first
+    assert taught["bpb"]["after"] != plain["bpb"]["after"]
+    a, b = (load_file(tmp_path / n / "weights.safetensors") for n in ("plain", "taught"))
+    assert {name for name in a if not torch.equal(a[name], b[name])} == {
+        f"blocks.{i}.ffn.router.{name}" for i in (0, 1) for name in ("weight", "logit_bias")
+    }
+    with refused("teach_steps is of factor_llm"):
+        convert_run(run, teach_steps=5)
+    with refused("teach_steps must not be negative, got -1"):
+        convert_run(run, to="factor_llm", teach_steps=-1)
+    with refused("teach_steps must be int, got 'some'"):
+        convert_run(run, to="factor_llm", teach_steps="some")
+
+
 def test_chosen_layers_alone(run, tmp_path):
     result = convert_run(run, to="upcycle", layers="last", out=tmp_path / "made")
     assert [layer["layer"] for layer in result["layers"]] == [1]

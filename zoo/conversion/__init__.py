@@ -22,6 +22,7 @@ from zoo.conversion.stacks import (
     split_neurons,
     with_noise,
 )
+from zoo.conversion.teach import teach_routers
 
 __all__ = [
     "GROUPINGS",
@@ -55,5 +56,6 @@ __all__ = [
     "sparse_upcycle",
     "split_neurons",
     "straight_through",
+    "teach_routers",
     "with_noise",
 ]
