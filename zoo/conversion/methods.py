@@ -104,7 +104,11 @@ class DropOptions(UpcycleOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GranularOptions(ConversionOptions):
-    """Granular upcycling (arXiv:2410.07524): exact where renormalize is on and G divides K."""
+    """Granular upcycling (arXiv:2410.07524): exact where renormalize is on and G divides K.
+
+    Slices of a copy have one router row, so whole copies are chosen; they tie to rounding, not to
+    the bit. Only two copies whose logits lie within that of one another could share a choice.
+    """
 
     n_copies: int = 4
     n_slices: int = 2
