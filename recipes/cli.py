@@ -143,6 +143,24 @@ def quantize(
 
 
 @app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="A finished dense run's directory.")],
+    options: Annotated[list[str] | None, typer.Argument(
+        metavar="KEY=VALUE...",
+        help="to=upcycle|granular|drop|factor_llm out=DIR layers=1::2 n_experts=8 ...",
+    )] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Turn a finished dense run into a mixture of experts, with a receipt, in its own directory."""
+    from recipes import convert as converting
+    from recipes import load
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = converting.convert_run(run, **load.parse(options or []))
+    print(json.dumps(result)) if as_json else converting.show(result)
+
+
+@app.command()
 def pack(
     run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
     options: Annotated[list[str] | None, typer.Argument(

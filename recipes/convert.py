@@ -7,9 +7,7 @@ result.json          the run's, with the mixture's figures and no curve, so that
                      side by side; steps, tokens and speed are those of the dense training
 """
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -84,7 +82,7 @@ def convert_run(
     made = convert(dense.model, to, seed=dense.recipe.seed, **vars(chosen))
     recipe = _recipe(dense.recipe, made)
     load.check(recipe)
-    with settings(recipe.trainer), _filling(out) as part:
+    with settings(recipe.trainer), record.filling(out) as part:
         data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
         taught = _taught(made, dense, data, teach_steps)
         record.write_text(part / "recipe.yaml", load.to_yaml(recipe))
@@ -180,16 +178,3 @@ def _run_result(
         "curve": [],
         "sample": None,
     }
-
-
-@contextmanager
-def _filling(out: Path) -> Iterator[Path]:
-    """A directory to fill in place of `out`; it takes the name when the block ends well."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

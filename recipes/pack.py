@@ -62,18 +62,12 @@ def pack_run(run: Path | str, *, precision: Any = None, out: Path | str | None =
     before = _bits_per_byte(model, recipe)
     report = pack(model)
     packed = PackedRun(report, before, _bits_per_byte(model, recipe))
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with record.filling(out) as part:
         shutil.copy(run / "recipe.yaml", part / "recipe.yaml")
         write_weights(model, part / "weights.safetensors")
         (part / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
         bpb = {"before": packed.bpb_before, "after": packed.bpb}
         record.write_json(part / "pack.json", asdict(report) | {"bpb": bpb})
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return packed
 
 

@@ -6,9 +6,7 @@ weights.safetensors  weights already rounded, as float32; scales, shifts, low-ra
 result.json          the run's, with the quantised model's figures and no curve
 """
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,7 @@ def write_quantized(
         bits: storage per number of the weights that were quantised, by parameter name.
     """
     tensors = own_tensors(made.model)
-    with _replacing(out) as part:
+    with record.filling(out) as part:
         weights = part / "weights.safetensors"
         record.write_text(part / "recipe.yaml", load.to_yaml(made.recipe))
         record.write_json(part / "quantize.json", result)
@@ -52,19 +50,6 @@ def write_quantized(
         trained = record.read_result(run)
         if trained is not None:
             record.write_json(part / "result.json", _run_result(trained, made, after, bits))
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A directory to fill in place of `out`; it takes the name when the block ends well."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _run_result(

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,19 @@ def replacing(path: Path) -> Iterator[Path]:
     with part.open("rb") as written:
         os.fsync(written.fileno())
     part.replace(path)
+
+
+@contextmanager
+def filling(out: Path) -> Iterator[Path]:
+    """A directory to fill in place of `out`; it takes the name when the block ends well."""
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
