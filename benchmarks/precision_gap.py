@@ -39,6 +39,7 @@ RECIPE = {
     "trainer": {"max_steps": 200, "eval_every_steps": 200, "checkpoint_every_steps": 200,
                 "log_every_steps": 20, "threads": 1},
 }  # fmt: skip
+PAIRS = (("mxfp4", "bf16"), ("nvfp4", "mxfp4"), ("hif4", "mxfp4"), ("mxfp4", "mxfp8"))
 X = {"format": "nvfp4"}
 DY = {"format": "nvfp4", "rounding": "stochastic"}
 
@@ -83,6 +84,16 @@ def gap(values: list[float], base: list[float]) -> str:
     return f"{statistics.mean(differences):+.1f} ± {half:.1f}"
 
 
+def verdict(name: str, values: list[float], other: str, base: list[float]) -> str:
+    """One line on whether two presets can be told apart."""
+    found = gap(values, base)
+    if found == "diverged":
+        return f"- {name} against {other}: a run diverged."
+    mean, half = (float(x) for x in found.split(" ± "))
+    told = "not resolved" if abs(mean) <= half else "lower" if mean < 0 else "higher"
+    return f"- {name} against {other}: {found}, {told}."
+
+
 def shares(variant: str, precision: str) -> list[str]:
     """Share of weights and of matmul FLOPs in a low format."""
     config = load.load(RECIPE | {"model": RECIPE["model"] | {"ffn": VARIANTS[variant]}}).model
@@ -113,6 +124,9 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         results = dict(zip(unique, pool.map(run, unique.values(), chunksize=1), strict=True))
 
+    def everywhere(label: str) -> list[float]:
+        return [bpb for variant in VARIANTS for bpb in finals(variant, label, SEEDS)]
+
     def finals(variant: str, label: str, seeds: tuple[int, ...]) -> list[float]:
         return [results[str(args.out / f"{variant}-{label}-s{seed}")] for seed in seeds]
 
@@ -126,14 +140,24 @@ def main() -> None:
         for variant in VARIANTS:
             base, values = (finals(variant, label, SEEDS) for label in ("bf16", preset))
             cells.append(f"{statistics.mean(base):.3f}" if preset == "bf16" else gap(values, base))
-        rows.append(cells)
-    print(markdown(["preset", *VARIANTS], rows))
+        rows.append(
+            [*cells, "" if preset == "bf16" else gap(everywhere(preset), everywhere("bf16"))]
+        )
+    print(markdown(["preset", *VARIANTS, "all"], rows))
+    print(f"\nOver all {len(SEEDS) * len(VARIANTS)} pairs of a variant and a seed:\n")
+    for name, other in PAIRS:
+        print(verdict(name, everywhere(name), other, everywhere(other)))
     print("\nThe nvfp4 recipe with one part changed, swiglu, "
           f"{len(ABLATION_SEEDS)} seeds.\n")  # fmt: skip
     base = finals("swiglu", "bf16", ABLATION_SEEDS)
     rows = [[name, gap(finals("swiglu", _label(p), ABLATION_SEEDS), base)]
             for name, p in changes.items()]  # fmt: skip
     print(markdown(["recipe", "gap"], rows))
+    print()
+    full = finals("swiglu", "nvfp4", ABLATION_SEEDS)
+    for name, policy in list(changes.items())[1:]:
+        values = finals("swiglu", _label(policy), ABLATION_SEEDS)
+        print(verdict(name, values, "the whole recipe", full))
     print("\nShare of weights / matmul FLOPs in a low format.\n")
     rows = [[preset, *(" / ".join(shares(v, preset)) for v in VARIANTS)] for preset in presets]
     print(markdown(["preset", *VARIANTS], rows))
