@@ -2,21 +2,19 @@
 
 import logging
 import math
-import os
 import random
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.testing import assert_close
+from format_toys import assert_same_bits, kernels
 
 from layers.linear import ExpertLinear, Linear
 from layers.native import Source, _load
 from layers.precision import native
 from layers.precision.formats import every_format, format_of, resolve
 from layers.precision.presets import PRESETS
-from layers.precision.quantize import Quantized, fake_quantize, quantize
+from layers.precision.quantize import fake_quantize, quantize
 from layers.precision.quantize import rotated as rotate
 from layers.precision.spec import QSpec
 
@@ -52,31 +50,6 @@ def label(spec):
 
 
 every_cell = pytest.mark.parametrize("spec", CELLS, ids=label)
-
-
-@contextmanager
-def kernels(mode):
-    """MOE_ZOO_KERNELS=mode inside."""
-    before = os.environ.get("MOE_ZOO_KERNELS")
-    os.environ["MOE_ZOO_KERNELS"] = mode
-    try:
-        yield
-    finally:
-        os.environ.pop("MOE_ZOO_KERNELS")
-        if before is not None:
-            os.environ["MOE_ZOO_KERNELS"] = before
-
-
-def assert_same_bits(a, b):
-    """Equal in shape and down to the sign of zero; any NaN equals any NaN."""
-    if isinstance(a, (Quantized, tuple)):
-        for one, other in zip(a, b, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                assert_same_bits(one, other)
-        return
-    assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    assert_close(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan())
 
 
 def both(function):
