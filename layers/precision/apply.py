@@ -1,7 +1,7 @@
 """Give every leaf of a module its precision, and say what was touched and what was not."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -104,45 +104,56 @@ def apply_policy(
         ValueError: when no leaf matches; under a strict policy also when a rule with a name or
             layers matches no leaf, or a matrix of a quantisable role is owned by no leaf.
     """
+    names = dict(module.named_parameters(remove_duplicate=False))
     owned = {f"{n}.weight".lstrip("."): (n, leaf) for n, leaf in leaves(module).items()}
     touched = {p: v for p, v in owned.items() if fnmatchcase(v[0], where)}
     if not touched:
-        names = ", ".join(n for n, _ in owned.values()) or "none"
+        known = ", ".join(n for n, _ in owned.values()) or "none"
         raise ValueError(
-            f"where={where!r} matches no leaf, so nothing would change. Leaves: {names}"
+            f"where={where!r} matches no leaf, so nothing would change. Leaves: {known}"
         )
     n_layers = 1 + max((b for n, _ in owned.values() if (b := block_of(n)) is not None), default=-1)
-    rows, choices, seen = [], [], set()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        role, rule, precision = (roles or {}).get(name, "other"), None, None
-        if name in owned:
-            leaf_name, leaf = owned[name]
-            role, precision = leaf.role, leaf.precision
-            if name in touched:
-                precision, rule = policy.resolve(
-                    name=leaf_name,
-                    role=role,
-                    layer=block_of(leaf_name),
-                    n_layers=n_layers,
-                    active=active,
-                )
-                _check_backend(leaf_name, leaf, precision)
-                choices.append((leaf, precision))
-        rows.append(
-            Covered(
-                name=name, role=role, rule=rule, precision=precision,
-                params=0 if id(parameter) in seen else parameter.numel(),  # tied: counted once
-                flops=None if flops is None else flops.get(name, 0.0),
-            )
-        )  # fmt: skip
-        seen.add(id(parameter))
+    choices = {
+        parameter: policy.resolve(
+            name=name, role=leaf.role, layer=block_of(name), n_layers=n_layers, active=active
+        )
+        for parameter, (name, leaf) in touched.items()
+        if parameter in names  # a packed weight is none, and keeps the precision it is packed in
+    }
+    for parameter, (precision, _) in choices.items():
+        _check_backend(*owned[parameter], precision)
+    rows = _rows(names, owned, choices, roles or {}, flops)
     report = CoverageReport(policy=policy, parameters=tuple(rows))
     if policy.strict and where == "*":
         _refuse_misses(module, report, n_layers)
         _refuse_idle_switches(policy, owned, n_layers)
-    for leaf, precision in choices:
-        leaf.precision = precision
+    for parameter, (precision, _) in choices.items():
+        owned[parameter][1].precision = precision
     return report
+
+
+def _rows(
+    parameters: Mapping[str, nn.Parameter],
+    owned: Mapping[str, tuple[str, Leaf]],
+    choices: Mapping[str, tuple[LeafPrecision, int | None]],
+    roles: Mapping[str, str],
+    flops: Mapping[str, float] | None,
+) -> Iterator[Covered]:
+    """A row for each parameter; the numbers of a tied one count once."""
+    seen = set()
+    for name, parameter in parameters.items():
+        role, rule, precision = roles.get(name, "other"), None, None
+        if name in owned:
+            leaf = owned[name][1]
+            role, precision = leaf.role, leaf.precision
+        if name in choices:
+            precision, rule = choices[name]
+        yield Covered(
+            name=name, role=role, rule=rule, precision=precision,
+            params=0 if id(parameter) in seen else parameter.numel(),
+            flops=None if flops is None else flops.get(name, 0.0),
+        )  # fmt: skip
+        seen.add(id(parameter))
 
 
 def _check_backend(name: str, leaf: Leaf, precision: LeafPrecision) -> None:
