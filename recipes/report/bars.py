@@ -104,7 +104,7 @@ def by_role(study: Study, of: str) -> Figure | None:
 
 def _role_layout(variants: Sequence[str], unit: str) -> Figure:
     return {
-        "height": 70 + 32 * len(variants),
+        "height": 100 + 32 * len(variants),
         "barmode": "stack",
         "bargap": 0.3,
         "xaxis": {"title": {"text": unit}, "tickformat": "~s"},
