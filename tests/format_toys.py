@@ -79,3 +79,12 @@ def hard(rows, cols, seed, kind):
         for index, value in enumerate((0.0, -0.0, 1e-45, -1e-40, 3e38, inf, -inf, nan)):
             x[which == index] = value
     return x
+
+
+def ordinary(rows=256, cols=256, seed=0):
+    """Gaussian numbers, each row of a size of its own, some zero blocks."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, cols, generator=g)
+    x = x * torch.exp2(torch.randint(-6, 7, (rows, 1), generator=g).float())
+    x[::17, 64:96] = 0
+    return x

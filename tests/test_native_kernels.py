@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from format_toys import assert_same_bits, kernels
+from format_toys import assert_same_bits, hard, kernels
 
 from layers.linear import ExpertLinear, Linear
 from layers.native import Source, _load
@@ -59,23 +59,6 @@ def both(function):
         with kernels(mode):
             results.append(function())
     return results
-
-
-def hard(rows, cols, seed, kind):
-    """Numbers of every size: Gaussian, all binades, any bits at all, or with special values."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, cols, generator=g)
-    if kind == "binades":
-        x = x * torch.exp2(torch.randint(-149, 127, (rows, cols), generator=g).float())
-    if kind == "bits":
-        x = torch.randint(-(2**31), 2**31, (rows, cols), generator=g).int().view(torch.float32)
-    if kind == "ties":  # few distinct sizes: midpoints of the grids are hit all the time
-        x = torch.randint(-64, 65, (rows, cols), generator=g) / 8 * 2.0 ** float(seed % 40 - 20)
-    if kind == "special":
-        which = torch.randint(0, 40, (rows, cols), generator=g)
-        for index, value in enumerate((0.0, -0.0, 1e-45, -1e-40, 3e38, INF, -INF, NAN)):
-            x[which == index] = value
-    return x
 
 
 def draw(spec, seed):

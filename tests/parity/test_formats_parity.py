@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
+from format_toys import assert_same_bits, ordinary
 
 from layers.precision.grids import E2M1, E4M3, to_grid
 from layers.precision.mx import MX_RULES, power_of_two
@@ -21,20 +21,6 @@ every_rule = pytest.mark.parametrize("rule", MX_RULES)
 TEXT_GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
-def ordinary(rows=256, cols=256, seed=0):
-    """Gaussian numbers, each row of a size of its own, some zero blocks."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, cols, generator=g)
-    x = x * torch.exp2(torch.randint(-6, 7, (rows, 1), generator=g).float())
-    x[::17, 64:96] = 0
-    return x
-
-
-def same_bits(a, b):
-    assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    assert_close(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan())
-
-
 @pytest.mark.parametrize(("name", "grid"), [("float4_e2m1fn", E2M1), ("float8_e4m3fn", E4M3)])
 def test_grid_against_ml_dtypes(name, grid):
     ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -43,7 +29,7 @@ def test_grid_against_ml_dtypes(name, grid):
     points = torch.cat([points, *(points.nextafter(torch.tensor(to)) for to in (0.0, math.inf))])
     points = torch.cat([points, -points]).clamp(-grid.largest, grid.largest)
     theirs = points.numpy().astype(getattr(ml_dtypes, name)).astype(np.float32)
-    same_bits(to_grid(points, grid), torch.from_numpy(theirs))
+    assert_same_bits(to_grid(points, grid), torch.from_numpy(theirs))
 
 
 def test_power_of_two_scale_against_ml_dtypes():
@@ -65,7 +51,7 @@ def torchao_mx(x, rule):
 def test_mxfp4_against_torchao(rule, dtype):
     for seed in range(3):
         x = ordinary(seed=seed).to(dtype)
-        same_bits(fake_quantize(x, "mxfp4", scale_rule=rule), torchao_mx(x, rule))
+        assert_same_bits(fake_quantize(x, "mxfp4", scale_rule=rule), torchao_mx(x, rule))
 
 
 @every_rule
@@ -77,7 +63,7 @@ def test_mxfp4_against_torchao_in_every_binade_and_with_nan(rule):
     x = torch.randn(240, 32, generator=g) * torch.exp2(torch.arange(-118.0, 122.0))[:, None]
     x[::7, 5] = math.nan
     x[3] = -0.0  # a zero block has scale 2^-127 too, and no value to halve
-    same_bits(fake_quantize(x, "mxfp4", scale_rule=rule), torchao_mx(x, rule))
+    assert_same_bits(fake_quantize(x, "mxfp4", scale_rule=rule), torchao_mx(x, rule))
 
 
 def test_nvfp4_against_torchao():
@@ -95,7 +81,7 @@ def test_nvfp4_against_torchao():
         nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
         theirs = grid[nibbles.long()].view(256, 16, 16) * codes.float().view(256, 16, 1)
         values, scale, _ = quantize(x, "nvfp4", axis=-1, dtype=torch.float32)
-        same_bits(values, theirs.view(256, 256))
+        assert_same_bits(values, theirs.view(256, 256))
         assert scale is not None
         assert scale.item() == nv.per_tensor_amax_to_scale(peak).item()
 
@@ -130,7 +116,7 @@ def loop_mxfp4(x, rule):
 def test_mxfp4_against_a_loop(rule):
     x = ordinary(8, 128)
     x[3] *= 2.0**-126
-    same_bits(fake_quantize(x, "mxfp4", scale_rule=rule), loop_mxfp4(x, rule))
+    assert_same_bits(fake_quantize(x, "mxfp4", scale_rule=rule), loop_mxfp4(x, rule))
 
 
 def loop_nvfp4(x, tile):
@@ -164,6 +150,6 @@ def test_nvfp4_against_a_loop(tile):
     x[32:36] *= 2.0**-24
     values, scale, _ = quantize(x, QSpec(format="nvfp4", tile=tile), axis=-1, dtype=torch.float32)
     expected, expected_scale = loop_nvfp4(x, tile)
-    same_bits(values + 0.0, expected + 0.0)
+    assert_same_bits(values + 0.0, expected + 0.0)
     assert scale is not None
     assert scale.item() == expected_scale

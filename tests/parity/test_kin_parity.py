@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from format_toys import assert_same_bits, ordinary
 from torch.testing import assert_close
 
 from layers.precision.grids import GRIDS, UE5M3, to_grid
@@ -16,20 +17,6 @@ pytestmark = [
     # torchao's own code, as it is imported and as it meets a newer torch
     pytest.mark.filterwarnings("ignore"),
 ]
-
-
-def ordinary(rows=128, cols=256, seed=0):
-    """Gaussian numbers, each row of a size of its own, some zero blocks."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, cols, generator=g)
-    x = x * torch.exp2(torch.randint(-6, 7, (rows, 1), generator=g).float())
-    x[::17, 64:96] = 0
-    return x
-
-
-def same_bits(a, b):
-    assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    assert_close(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan())
 
 
 def around(table):
@@ -54,7 +41,7 @@ def test_grids_against_ml_dtypes(name):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     points = around(torch.tensor(GRIDS[name].magnitudes()))
     theirs = points.numpy().astype(getattr(ml_dtypes, ML_DTYPES[name])).astype(np.float32)
-    same_bits(to_grid(points, GRIDS[name]), torch.from_numpy(theirs))
+    assert_same_bits(to_grid(points, GRIDS[name]), torch.from_numpy(theirs))
 
 
 @pytest.mark.parametrize("name", GFLOAT)
@@ -64,7 +51,7 @@ def test_grids_against_gfloat(name):
     info = getattr(formats, f"format_info_ocp_{name}")
     points = around(torch.tensor(GRIDS[name].magnitudes()))
     theirs = gfloat.round_ndarray(info, points.double().numpy(), sat=True)
-    same_bits(to_grid(points, GRIDS[name]), torch.from_numpy(theirs).float())
+    assert_same_bits(to_grid(points, GRIDS[name]), torch.from_numpy(theirs).float())
 
 
 def test_scales_ue5m3_against_gfloat():
@@ -86,7 +73,7 @@ def test_hifloat8_against_en_dtypes():
     en_dtypes = pytest.importorskip("en_dtypes")
     codes = np.arange(256, dtype=np.uint8).view(en_dtypes.hifloat8).astype(np.float32)
     values = torch.from_numpy(codes)
-    same_bits(fake_quantize(values, "hifloat8"), values)
+    assert_same_bits(fake_quantize(values, "hifloat8"), values)
     table = values[values.isfinite() & (values >= 0)].sort().values
     points = around(table)
     points = torch.cat([points, torch.tensor([32769.0, 40959.0, 40961.0, 1e30, math.inf])])
@@ -94,7 +81,7 @@ def test_hifloat8_against_en_dtypes():
     ours = fake_quantize(points, "hifloat8")
     differ = ours != torch.from_numpy(theirs)
     assert set(points[differ].abs().tolist()) <= {2.0**-23}, "a half of the smallest number"
-    same_bits(ours[~differ], torch.from_numpy(theirs)[~differ])
+    assert_same_bits(ours[~differ], torch.from_numpy(theirs)[~differ])
 
 
 # --- blocks ------------------------------------------------------------------------------------
@@ -114,9 +101,9 @@ def test_mx_against_torchao(name, rule):
         ours = fake_quantize(x, name, scale_rule=rule)
         if name.startswith("mxfp6"):  # torchao's cast to six bits loses the NaN of an element
             usual = ~ours.isnan()
-            same_bits(ours[usual], theirs[usual])
+            assert_same_bits(ours[usual], theirs[usual])
         else:
-            same_bits(ours, theirs)
+            assert_same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +121,7 @@ def test_mx_against_gfloat(name, theirs):
     ours = fake_quantize(x, name)
     differ = ours != wanted
     if name != "mxint8":
-        same_bits(ours, wanted)
+        assert_same_bits(ours, wanted)
         return
     # two's complement has -128 / 64 = -2, which we leave unused
     assert (wanted[differ] < 0).all()
@@ -161,7 +148,7 @@ def test_fp8_against_torchao(name, scope, rule):
     values, ours, _ = quantize(
         x, QSpec(format=name, scope=scope, scale_rule=rule), axis=-1, dtype=torch.float32
     )
-    same_bits(values, theirs)
+    assert_same_bits(values, theirs)
     assert_close(ours.reshape(scale.shape), 1 / scale, rtol=2e-7, atol=0)
 
 
@@ -196,9 +183,9 @@ def test_hif4_against_a_loop(size):
     x = (torch.randn(24, 128) * torch.exp2(torch.randn(24, 1) * 3) * size).bfloat16().float()
     x[3] = 0
     x[4, ::2] = -0.0
-    same_bits(fake_quantize(x, "hif4"), loop_hif4(x))
+    assert_same_bits(fake_quantize(x, "hif4"), loop_hif4(x))
     by_column = quantize(x.T.contiguous(), "hif4", axis=-2, dtype=torch.float32).values
-    same_bits(by_column.T.contiguous(), loop_hif4(x))
+    assert_same_bits(by_column.T.contiguous(), loop_hif4(x))
 
 
 MEASURES = {"4over6": lambda d: (d * d).sum(), "4over6_mae": lambda d: d.abs().sum()}
@@ -253,7 +240,7 @@ def test_quest_against_its_formula():
     wanted = to_grid((x.double().view(-1, 32) / scale).float(), GRIDS["e2m1"]).double() * scale
     got = fake_quantize(x, "mxfp4", scale_rule="quest").view(-1, 32)
     varied = (spread > 1e-3 * x.view(-1, 32).abs().amax(1, keepdim=True))[:, 0]
-    same_bits(got[varied], wanted.float()[varied])
+    assert_same_bits(got[varied], wanted.float()[varied])
     assert 0 < (~varied).sum() < 100
     assert_close(got[~varied], x.view(-1, 32)[~varied], rtol=0.25, atol=0)  # "floor" takes over
 
@@ -264,7 +251,7 @@ def test_scale_constraint_m1_is_p2():
     s = x.double().view(-1, 16).abs().amax(1, keepdim=True) / 1.75
     m1 = s.log2().ceil().exp2()
     wanted = (x.double().view(-1, 16) / m1 * 4).round().clamp(-7, 7) / 4 * m1
-    same_bits(fake_quantize(x, "int4", scale_rule="p2").view(-1, 16), wanted.float())
+    assert_same_bits(fake_quantize(x, "int4", scale_rule="p2").view(-1, 16), wanted.float())
 
 
 # --- where others differ, and must not be followed ---------------------------------------------
