@@ -218,6 +218,8 @@ torch.testing.assert_close(loss / 2, balance_loss(probs, experts))
 counts = torch.tensor([rank, 5])
 assert over_ranks(counts).tolist() == [1, 10]
 assert counts.tolist() == [rank, 5]  # what was given is left as it was
+dist.barrier()
+dist.destroy_process_group()  # else the rank that ends first may abort the other
 """
 
 
