@@ -147,8 +147,8 @@ def check(row: Row) -> None:
         expected = torch.zeros(x.shape[1], D_MODEL, dtype=torch.float64)
         for t, (experts, weights) in enumerate(zip(routing.experts, routing.weights, strict=True)):
             for e, w in zip(experts.tolist(), weights.double(), strict=True):
-                gate, up = (moe.gate_up.weight[e].double() @ x[0, t].double()).chunk(2)
-                expected[t] += w * (moe.down.weight[e].double() @ (F.silu(gate) * up))
+                gate, up = (moe.experts.gate_up.weight[e].double() @ x[0, t].double()).chunk(2)
+                expected[t] += w * (moe.experts.down.weight[e].double() @ (F.silu(gate) * up))
         error = (moe(x).y[0] - expected).abs().max() / expected.abs().max()
     assert error < (1e-5 if row.kind == "fp32" else 3e-2), f"{row}: off by {error:.1e}"
 

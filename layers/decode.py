@@ -44,8 +44,12 @@ class Computes(NamedTuple):
     down: torch.dtype
 
 
-def native_dtypes(token: Tensor, gate_up: ExpertLinear, down: ExpertLinear) -> Computes | None:
+def native_dtypes(
+    token: Tensor, gate_up: ExpertLinear, down: ExpertLinear, activation: str
+) -> Computes | None:
     """What `run_token` would compute in; None where torch has to: formats, float64, no compiler."""
+    if activation not in ACTIVATIONS:
+        return None
     first = _compute_dtype(token.dtype, gate_up)
     second = _compute_dtype(first, down)
     stored = (token.dtype, gate_up.weight.dtype, down.weight.dtype)

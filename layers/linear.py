@@ -47,34 +47,55 @@ class Linear(Leaf):
 
 
 class ExpertLinear(Leaf):
-    """y_n = x_n w_e^T for each row n of expert e. Weight [E, out, in], as `Linear`'s."""
+    """y_n = x_n w_e^T (+ bias_e) for each row n of expert e. Weight [E, out, in], as `Linear`'s.
 
-    def __init__(self, n_experts: int, d_in: int, d_out: int, *, role: str):
+    Bias [E, out], zero, only where asked for.
+    """
+
+    def __init__(self, n_experts: int, d_in: int, d_out: int, *, role: str, bias: bool = False):
         super().__init__()
         check_positive(n_experts=n_experts, d_in=d_in, d_out=d_out)
         self.role = role
         self.weight = nn.Parameter(torch.empty(n_experts, d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(n_experts, d_out)) if bias else None
         self.correction: Correction | None = None  # what post-training quantisation adds
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weight anew."""
         nn.init.normal_(self.weight, std=fan_in_std(self.weight))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x: [N, in], rows sorted by expert; counts: [E] int64, rows of each. Returns [N, out]."""
+    def forward(self, x: Tensor, counts: Tensor, bias_weights: Tensor | None = None) -> Tensor:
+        """Each row times its expert's matrix.
+
+        x: [N, in], rows sorted by expert; counts: [E] int64, rows of each; bias_weights: [N, 1],
+        what multiplies the bias of each row, None: 1. Returns [N, out].
+        """
         c = self.correction
         if c is None:
-            return expert_linear(x, self.weight, counts, self)
-        y = expert_linear(c.shifted(x, counts), self.weight, counts, self)
-        return c.corrected(y, x, counts)
+            y = expert_linear(x, self.weight, counts, self)
+        else:
+            y = c.corrected(
+                expert_linear(c.shifted(x, counts), self.weight, counts, self), x, counts
+            )
+        if self.bias is None:
+            return y
+        bias = self.bias.repeat_interleave(counts, dim=0, output_size=y.shape[0])
+        return y + (bias if bias_weights is None else bias * bias_weights).to(y.dtype)
 
-    def one(self, x: Tensor, expert: int) -> Tensor:
-        """Rows that all belong to one expert. x: [N, in]. Returns [N, out]."""
+    def one(self, x: Tensor, expert: int, bias_weights: Tensor | None = None) -> Tensor:
+        """Rows of one expert. x: [N, in]; bias_weights: [N, 1]. Returns [N, out]."""
         if self.correction is None:
-            return linear(x, self.weight[expert], None, self, expert)
-        c = self.correction.of(expert)
-        return c.corrected(linear(c.shifted(x), self.weight[expert], None, self, expert), x)
+            y = linear(x, self.weight[expert], None, self, expert)
+        else:
+            c = self.correction.of(expert)
+            y = c.corrected(linear(c.shifted(x), self.weight[expert], None, self, expert), x)
+        if self.bias is None:
+            return y
+        bias = self.bias[expert]
+        return y + (bias if bias_weights is None else bias * bias_weights).to(y.dtype)
 
     def weight_sets(self) -> int:
         """One for each expert."""

@@ -1,26 +1,17 @@
-"""Token-choice mixture of gated experts, dropless (arXiv:1701.06538; the expert: arXiv:2002.05202).
+"""Token-choice mixture of experts, dropless (arXiv:1701.06538; the expert: arXiv:2002.05202).
 
 Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.06066, eq. 9).
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from layers.base import Cost, FFNOutput, Routing, WeightCost
-from layers.decode import native_dtypes, run_token
-from layers.dispatch import combine, count_experts, dispatch, is_decoding, make_plan, row_weights
-from layers.grouped import matmul_dtype
-from layers.linear import ExpertLinear
-from layers.names import check_choice, check_positive
-from layers.swiglu import GATE_FLOPS, GATES, SwiGLU, SwiGLUConfig, default_d_ff, glu
-
-
-def default_d_expert(d_model: int, top_k: int) -> int:
-    """F such that top_k experts are as wide as a default dense FFN, up to a multiple of 32."""
-    return -(-default_d_ff(d_model) // (top_k * 32)) * 32
+from layers.base import Cost, FFNOutput, Routing
+from layers.dispatch import count_experts, is_decoding
+from layers.experts import Experts, ExpertsConfig, default_d_expert
+from layers.names import check_positive
+from layers.swiglu import SwiGLU, SwiGLUConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +23,13 @@ class MoEConfig:
     n_experts: int = 8
     top_k: int = 2
     n_shared: int = 0  # experts that every token visits, as one swiglu n_shared * d_expert wide
-    activation: str = "silu"  # of the gate: silu | gelu | relu | identity
+    activation: str = "silu"  # of the gate, as swiglu's; as mlp's where not gated
+    gated: bool = True  # False: two matrices an expert, as Switch has them
+    bias: bool = False  # on every matrix of every expert (gpt-oss)
 
     def __post_init__(self) -> None:
         check_positive(d_model=self.d_model, n_experts=self.n_experts, top_k=self.top_k)
-        check_positive(d_expert=self.hidden)
-        check_choice("activation of moe", self.activation, GATES)
+        _ = self.experts  # its own checks
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k must be at most n_experts={self.n_experts}, got {self.top_k}")
         if self.n_shared < 0:
@@ -63,114 +55,18 @@ class MoEConfig:
         width = self.n_shared * self.hidden
         return SwiGLUConfig(d_model=self.d_model, d_ff=width, activation=self.activation)
 
+    @property
+    def experts(self) -> ExpertsConfig:
+        """The routed experts."""
+        return ExpertsConfig(
+            d_model=self.d_model, d_expert=self.hidden, n_experts=self.n_experts,
+            activation=self.activation, gated=self.gated, bias=self.bias,
+        )  # fmt: skip
+
     def cost(self) -> Cost:
         """One token's cost; the router counts its own."""
-        routed = experts_cost(
-            self.d_model, self.hidden, self.n_experts, self.top_k, self.activation
-        )
+        routed = self.experts.cost(self.top_k).within("experts.")
         return routed + (self.shared.cost().within("shared.") if self.shared else Cost(()))
-
-
-def experts_cost(
-    d_model: int, d_expert: int, n_experts: int, active: float, activation: str
-) -> Cost:
-    """The cost of stacked gated experts of which `active` run for a token."""
-    n = d_model * d_expert
-
-    def stack(name: str, matrices: int, other_flops: float) -> WeightCost:
-        return WeightCost(
-            name=f"{name}.weight",
-            role="expert",
-            params=n_experts * matrices * n,
-            flops=2 * matrices * n * active,
-            other_flops=other_flops,
-            units=n_experts,
-            active_units=active,
-        )
-
-    body = (GATE_FLOPS[activation] + 2) * d_expert * active  # the gate, times up, times the weight
-    return Cost((stack("gate_up", 2, body), stack("down", 1, d_model * active)))
-
-
-class Experts(NamedTuple):
-    """The stacked experts of a layer, as `run_experts` takes them."""
-
-    gate_up: ExpertLinear  # [E, 2F, D], gate rows first
-    down: ExpertLinear  # [E, D, F]
-    activation: str  # of the gate
-    weighs: Literal["output", "input"] = "output"  # what a choice's weight multiplies
-
-
-def run_experts(
-    tokens: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, experts: Experts
-) -> Tensor:
-    """The sum over a token's choices of weight * expert(x), or of expert(weight * x) (Llama 4),
-    where expert(x) = down(activation(gate(x)) * up(x)).
-
-    A weight of the output is multiplied in before `down`, on F columns and not on D: down is
-    linear, and no D-wide expert output need be kept for its gradient (moe.md 14.3).
-
-    Args:
-        tokens: [T, D].
-        routed: [T, K] int64, the chosen experts.
-        weights: [T, K].
-        keep: [T, K] bool, the choices to run; None: all. What is left out costs nothing.
-        experts: the stacks.
-
-    Returns:
-        [T, D] in the experts' compute dtype; 0 for a token without an expert.
-    """
-    if is_decoding(tokens):
-        return _run_one(tokens, routed, weights, keep, experts)
-    gate_up, down, activation, weighs = experts
-    plan = make_plan(routed, gate_up.weight.shape[0], keep)
-    rows = dispatch(_cast_once(tokens, gate_up), plan)  # [N, D]
-    of_row = row_weights(weights, plan)  # [N, 1]
-    if weighs == "input":
-        h = glu(gate_up(rows * of_row.to(rows.dtype), plan.counts), activation)
-    else:
-        h = glu(gate_up(rows, plan.counts), activation, of_row)  # [N, F]
-    return combine(down(h, plan.counts), plan)
-
-
-def _run_one(
-    token: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, experts: Experts
-) -> Tensor:
-    """`run_experts` for a single token: no plan, one matrix-vector product for each choice.
-
-    One native call where the leaves only cast; in torch ops else.
-    """
-    gate_up, down, activation, weighs = experts
-    computes = native_dtypes(token, gate_up, down) if weighs == "output" else None
-    if computes is not None:
-        return run_token(
-            token, routed, weights, keep, gate_up.weight, down.weight, activation, computes
-        )
-    if keep is not None:
-        routed, weights = routed[keep][None], weights[keep][None]
-    chosen = routed.tolist()[0]
-    if not chosen:
-        return torch.zeros_like(token)
-    of_choice = weights.view(-1, 1)  # [K, 1]
-    if weighs == "input":
-        inputs = token * of_choice.to(token.dtype)  # [K, D]
-        up = [gate_up.one(inputs[i : i + 1], e) for i, e in enumerate(chosen)]
-        h = glu(torch.cat(up), activation)
-    else:
-        up = [gate_up.one(token, e) for e in chosen]
-        h = glu(torch.cat(up), activation, of_choice)  # [K, F]
-    y = down.one(h[:1], chosen[0])
-    for i, e in enumerate(chosen[1:], start=1):
-        y = y + down.one(h[i : i + 1], e)
-    return y
-
-
-def _cast_once(tokens: Tensor, leaf: ExpertLinear) -> Tensor:
-    """Tokens in the leaf's dtype where it would only cast them: before they are copied K times."""
-    p = leaf.precision
-    if p is None:
-        return tokens.to(matmul_dtype(tokens))
-    return tokens.to(p.dtype) if p.is_cast else tokens
 
 
 def flatten_inputs(
@@ -219,8 +115,7 @@ class MoE(nn.Module):
         super().__init__()
         c = self.config = config
         self.router = router
-        self.gate_up = ExpertLinear(c.n_experts, c.d_model, 2 * c.hidden, role="expert")
-        self.down = ExpertLinear(c.n_experts, c.hidden, c.d_model, role="expert")
+        self.experts = Experts(c.experts)
         self.shared = SwiGLU(c.shared) if c.shared else None
 
     def forward(
@@ -232,8 +127,7 @@ class MoE(nn.Module):
         routing, keep = route(self.router, tokens, carry, mask, x.shape[0])
         check_routing(routing, c.n_experts)
         weighs = "input" if getattr(self.router, "weights_input", False) else "output"
-        experts = Experts(self.gate_up, self.down, c.activation, weighs)
-        y = run_experts(tokens, routing.experts, routing.weights, keep, experts)
+        y = self.experts(tokens, routing.experts, routing.weights, keep, weighs)
         y = y.view_as(x)
         if self.shared is not None:
             y = y + self.shared(tokens.view_as(x)).y

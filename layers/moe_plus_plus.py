@@ -9,19 +9,11 @@ from torch import Tensor, nn
 from layers.base import Cost, FFNOutput, Routing, WeightCost
 from layers.capacity import within_capacity
 from layers.dispatch import count_experts, is_decoding
-from layers.linear import ExpertLinear, ValueTable, linear
-from layers.moe import (
-    Experts,
-    check_routing,
-    default_d_expert,
-    experts_cost,
-    flatten_inputs,
-    route,
-    run_experts,
-)
+from layers.experts import Experts, ExpertsConfig, default_d_expert
+from layers.linear import ValueTable, linear
+from layers.moe import check_routing, flatten_inputs, route
 from layers.names import check_choice, check_positive
 from layers.precision.leaf import Leaf
-from layers.swiglu import GATES
 
 # What the paper trains, and what its authors released, which differ (moe.md 4.3). The released
 # checkpoint also draws every weight but the constants' vectors with std 0.01.
@@ -94,8 +86,7 @@ class MoEPlusPlusConfig(Kinds):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(top_k=self.top_k, tau=self.tau, input_scale=self.input_scale)
-        check_positive(d_expert=self.hidden)
-        check_choice("activation of moe_plus_plus", self.activation, GATES)
+        _ = self.experts  # its own checks
         check_choice("capacity_of", self.capacity_of, ("assignments", "tokens"))
         check_choice("priority", self.priority, ("position", "weight"))
         if self.capacity_factor is not None:
@@ -111,6 +102,14 @@ class MoEPlusPlusConfig(Kinds):
         if self.d_expert is None:
             return default_d_expert(self.d_model, max(self.top_k, 1))
         return self.d_expert
+
+    @property
+    def experts(self) -> ExpertsConfig:
+        """The FFN experts."""
+        return ExpertsConfig(
+            d_model=self.d_model, d_expert=self.hidden, n_experts=self.n_experts,
+            activation=self.activation,
+        )  # fmt: skip
 
     @property
     def designed_share(self) -> float:
@@ -144,7 +143,7 @@ class MoEPlusPlusConfig(Kinds):
         """
         if assignments is None:
             assignments = self.top_k * self.tau * self.n_experts * self.designed_share
-        ffn = experts_cost(self.d_model, self.hidden, self.n_experts, assignments, self.activation)
+        ffn = self.experts.cost(assignments).within("experts.")
         n, d = self.constants, self.d_model
         if not n:
             return ffn
@@ -199,8 +198,7 @@ class MoEPlusPlus(nn.Module):
             )
         c = self.config = config
         self.router = router
-        self.gate_up = ExpertLinear(c.n_experts, c.d_model, 2 * c.hidden, role="expert")
-        self.down = ExpertLinear(c.n_experts, c.hidden, c.d_model, role="expert")
+        self.experts = Experts(c.experts)
         if c.constants:
             self.constant_mix = ConstantMix(c.constants, c.d_model, role="constant")
             self.constant = ValueTable(c.constants, c.d_model, role="constant")  # v
@@ -221,8 +219,7 @@ class MoEPlusPlus(nn.Module):
         weights = routing.weights if keep is None else routing.weights.masked_fill(~keep, 0)
         is_ffn = None if not c.n_zero_computation else routing.experts < c.n_experts
         planned = keep if is_ffn is None else is_ffn if keep is None else keep & is_ffn
-        experts = Experts(self.gate_up, self.down, c.activation)
-        y = run_experts(tokens, routing.experts, weights, planned, experts).type_as(x)
+        y = self.experts(tokens, routing.experts, weights, planned).type_as(x)
         if c.constants + c.n_copy:
             y = self._add_zero_computation(y, tokens, routing.experts, weights)
         return FFNOutput(

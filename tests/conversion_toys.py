@@ -37,7 +37,7 @@ def mixture_loop(x, moe):
         p = logits[chosen].softmax(0) if router.config.renormalize else logits.softmax(0)[chosen]
         y = torch.zeros_like(token)
         for weight, e in zip(p, chosen, strict=True):
-            gate, up = moe.gate_up.weight[e].chunk(2)
-            y += weight * one_expert(token, gate, up, moe.down.weight[e], c.activation)
+            gate, up = moe.experts.gate_up.weight[e].chunk(2)
+            y += weight * one_expert(token, gate, up, moe.experts.down.weight[e], c.activation)
         out.append(y)
     return torch.stack(out)

@@ -150,7 +150,7 @@ def test_permuting_neurons_or_experts_changes_nothing(to):
     y = moe(x).y
     relabel = torch.randperm(moe.config.n_experts, generator=generator(1))
     with torch.no_grad():
-        for weight in (moe.gate_up.weight, moe.down.weight, moe.router.weight):
+        for weight in (moe.experts.gate_up.weight, moe.experts.down.weight, moe.router.weight):
             weight.copy_(weight[relabel].clone())
     torch.testing.assert_close(moe(x).y, y, rtol=1e-9, atol=1e-10)
 
@@ -191,7 +191,7 @@ def test_noise_is_relative_and_tells_copies_apart():
 
 def test_a_bfloat16_layer_keeps_its_dtype_and_its_router_float32():
     moe = convert_ffn(dense(dtype=torch.bfloat16), "granular")
-    assert moe.gate_up.weight.dtype == moe.down.weight.dtype == torch.bfloat16
+    assert moe.experts.gate_up.weight.dtype == moe.experts.down.weight.dtype == torch.bfloat16
     assert moe.router.weight.dtype == torch.float32
     x = torch.randn(1, 5, D, dtype=torch.bfloat16)
     assert moe(x).y.dtype == torch.bfloat16

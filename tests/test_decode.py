@@ -184,7 +184,7 @@ def test_a_learned_router(monkeypatch):
 @pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
 def test_autocast(enabled, precision, monkeypatch):
     layer, x = moe(), token()
-    for leaf in (layer.gate_up, layer.down):
+    for leaf in (layer.experts.gate_up, layer.experts.down):
         leaf.precision = None if precision is None else LeafPrecision.of(precision)
     with torch.autocast("cpu", enabled):
         expected, _ = forward(layer, x, "torch", monkeypatch)
@@ -198,8 +198,8 @@ def test_autocast(enabled, precision, monkeypatch):
 @pytest.mark.parametrize("down", [None, "bf16", "fp32"])
 def test_leaves_of_different_precision(gate_up, down, monkeypatch):
     layer = moe()
-    layer.gate_up.precision = None if gate_up is None else LeafPrecision.of(gate_up)
-    layer.down.precision = None if down is None else LeafPrecision.of(down)
+    layer.experts.gate_up.precision = None if gate_up is None else LeafPrecision.of(gate_up)
+    layer.experts.down.precision = None if down is None else LeafPrecision.of(down)
     assert_native_equals_torch(layer, token(), monkeypatch)
 
 
@@ -207,12 +207,12 @@ def test_leaves_of_different_precision(gate_up, down, monkeypatch):
 def test_only_the_chosen_experts_are_read(monkeypatch):
     layer, x = moe("bf16 leaf"), token("bf16 leaf")
     with torch.no_grad():
-        for leaf in (layer.gate_up, layer.down):
+        for leaf in (layer.experts.gate_up, layer.experts.down):
             leaf.weight[[0, 2]] = torch.nan
     y, _ = forward(layer, x, "native", monkeypatch)
     assert y.isfinite().all()
     for bits in (0x7F800001, 0x7FFFFFFF, -1):  # every kind of NaN stays one when it is rounded
-        layer.down.weight.data.view(torch.int32)[1, 5, 7] = bits
+        layer.experts.down.weight.data.view(torch.int32)[1, 5, 7] = bits
         y, _ = forward(layer, x, "native", monkeypatch)
         assert y.isnan().nonzero().tolist() == [[0, 0, 5]]
 
@@ -234,13 +234,13 @@ def test_what_stays_with_torch(monkeypatch):
     assert "moe_zoo::run_token" not in ops.names
     assert not forward(layer.double(), x.double(), "native", monkeypatch)[1]
     layer = moe()
-    layer.down.precision = LeafPrecision.of("mxfp4")
+    layer.experts.down.precision = LeafPrecision.of("mxfp4")
     assert not forward(layer, x, "native", monkeypatch)[1]
     layer = moe()
-    layer.down.weight.data = layer.down.weight.data.mT.contiguous().mT
+    layer.experts.down.weight.data = layer.experts.down.weight.data.mT.contiguous().mT
     expected, native = forward(layer, x, "native", monkeypatch)
     assert not native
-    layer.down.weight.data = layer.down.weight.data.contiguous()
+    layer.experts.down.weight.data = layer.experts.down.weight.data.contiguous()
     assert_close(forward(layer, x, "native", monkeypatch)[0], expected)
 
 
@@ -279,6 +279,6 @@ def test_without_a_compiler_torch_ops_do_the_same(monkeypatch, caplog):
         assert "decode.cpp not built" in caplog.text
         monkeypatch.setenv("MOE_ZOO_KERNELS", "native")
         with pytest.raises(RuntimeError, match=r"decode\.cpp does not build"):
-            native_dtypes(x[0], layer.gate_up, layer.down)
+            native_dtypes(x[0], layer.experts.gate_up, layer.experts.down, "silu")
     finally:
         _load.cache_clear()

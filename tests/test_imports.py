@@ -18,6 +18,7 @@ PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
         "capacity",
         "decode",
         "dispatch",
+        "experts",
         "grouped",
         "linear",
         "matmul",

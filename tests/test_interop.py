@@ -16,7 +16,8 @@ STORED = pytest.mark.parametrize("layout", LAYOUTS)
 
 def ours(model, n_shared=2, dtype=torch.float32):
     """A layer's tensors, every number another: also where a matrix were laid on its side."""
-    shapes = {"router.weight": [E, D], "gate_up.weight": [E, 2 * F, D], "down.weight": [E, D, F]}
+    shapes = {"router.weight": [E, D]}
+    shapes |= {"experts.gate_up.weight": [E, 2 * F, D], "experts.down.weight": [E, D, F]}
     if NAMINGS[model].shared and n_shared:
         wide = n_shared * F
         shapes |= {"shared.gate_up.weight": [2 * wide, D], "shared.down.weight": [D, wide]}
@@ -77,9 +78,9 @@ def test_each_number_stands_in_its_place(layout):
         for n in range(F):
             for d in range(D):
                 gate, up, down = place(layout, theirs, e, n, d)
-                assert gate == state["gate_up.weight"][e, n, d]
-                assert up == state["gate_up.weight"][e, F + n, d]
-                assert down == state["down.weight"][e, d, n]
+                assert gate == state["experts.gate_up.weight"][e, n, d]
+                assert up == state["experts.gate_up.weight"][e, F + n, d]
+                assert down == state["experts.down.weight"][e, d, n]
 
 
 def test_the_names_of_deepseek_v3_on_disk():
@@ -130,7 +131,7 @@ def test_others_beside_the_prefix_are_not_looked_at():
 def test_what_needs_no_change_is_not_copied():
     theirs = export_moe(ours("mixtral"), "mixtral")
     state = import_moe(theirs, "mixtral")
-    assert state["gate_up.weight"] is theirs["experts.gate_up_proj"]
+    assert state["experts.gate_up.weight"] is theirs["experts.gate_up_proj"]
 
 
 # Errors: one line, with the nearest name

@@ -201,7 +201,7 @@ def test_no_tokens_and_idle_experts_have_gradients_of_zero(make):
         assert out.y.shape == x.shape
         (out.y.sum() + sum(out.losses.values())).backward()
         busy = out.stats["counts"][: layer.config.n_experts] > 0
-        for weight in (layer.gate_up.weight, layer.down.weight):
+        for weight in (layer.experts.gate_up.weight, layer.experts.down.weight):
             assert torch.equal(weight.grad[~busy], torch.zeros_like(weight.grad[~busy]))
             assert (weight.grad[busy].flatten(1).abs().sum(1) > 0).all()
         assert all(p.grad is not None for p in layer.parameters())
@@ -211,7 +211,7 @@ def test_no_tokens_and_idle_experts_have_gradients_of_zero(make):
 def test_counts_add_up_and_every_expert_learns(make):
     layer = make()
     x, carry = inputs(layer, s=1000)
-    before = [layer.gate_up.weight.clone(), layer.down.weight.clone()]
+    before = [layer.experts.gate_up.weight.clone(), layer.experts.down.weight.clone()]
     out = layer(x, carry)
     stats = out.stats
     k, e = layer.config.top_k, layer.config.n_experts
@@ -221,7 +221,9 @@ def test_counts_add_up_and_every_expert_learns(make):
     assert (stats["counts"] > 0).all()
     out.y.square().sum().backward()
     torch.optim.SGD(layer.parameters(), lr=1.0).step()
-    for old, weight in zip(before, (layer.gate_up.weight, layer.down.weight), strict=True):
+    for old, weight in zip(
+        before, (layer.experts.gate_up.weight, layer.experts.down.weight), strict=True
+    ):
         assert ((weight != old).flatten(1).any(dim=1)).all()
 
 
@@ -233,8 +235,8 @@ def test_relabelling_experts_changes_nothing(make):
     e = layer.config.n_experts
     order = torch.randperm(e)
     with torch.no_grad():
-        layer.gate_up.weight[:] = layer.gate_up.weight[order]
-        layer.down.weight[:] = layer.down.weight[order]
+        layer.experts.gate_up.weight[:] = layer.experts.gate_up.weight[order]
+        layer.experts.down.weight[:] = layer.experts.down.weight[order]
         for weight in layer.router.parameters():
             weight[:e] = weight[order]
     after = layer(x, carry)
@@ -247,7 +249,10 @@ def test_identical_experts_are_one_expert(top_k):
     layer = moe(top_k=top_k)
     dense = SwiGLU(MoEConfig(d_model=D, top_k=top_k, n_shared=1).shared)
     with torch.no_grad():
-        layer.gate_up.weight[:], layer.down.weight[:] = dense.gate_up.weight, dense.down.weight
+        layer.experts.gate_up.weight[:], layer.experts.down.weight[:] = (
+            dense.gate_up.weight,
+            dense.down.weight,
+        )
     x = torch.randn(2, 9, D)
     assert_close(layer(x).y, dense(x).y)
 
@@ -278,7 +283,9 @@ def test_a_gating_residual_reaches_the_first_router_from_the_third_layers_loss()
         carry = out.carry
     out.losses["balance"].backward()
     assert layers[0].router.weight.grad.abs().sum() > 0
-    assert all(p.grad is None for p in (layers[0].gate_up.weight, layers[1].down.weight))
+    assert all(
+        p.grad is None for p in (layers[0].experts.gate_up.weight, layers[1].experts.down.weight)
+    )
 
 
 # Capacity
@@ -425,7 +432,7 @@ def test_autocast_multiplies_experts_in_bf16_and_routes_in_float32(make):
     assert not torch.equal(cast.y, plain.y)
     assert_close(cast.y, plain.y, rtol=5e-2, atol=5e-2 * plain.y.abs().max().item())
     cast.y.square().sum().backward()
-    assert layer.gate_up.weight.grad.dtype == torch.float32
+    assert layer.experts.gate_up.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -159,6 +159,6 @@ def test_flops_and_weights_are_reported_for_a_variant():
     rows = {p.name: p for p in report.parameters}
     assert rows["router.weight"].format == "untouched"
     assert rows["router.weight"].role == "router"
-    assert rows["gate_up.weight"].format == "nvfp4"
+    assert rows["experts.gate_up.weight"].format == "nvfp4"
     assert sum(p.params for p in report.parameters) == sum(p.numel() for p in ffn.parameters())
     assert "gate_up.weight" in str(report)

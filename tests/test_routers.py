@@ -6,8 +6,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.dispatch import count_experts
-from layers.linear import ExpertLinear
-from layers.moe import Experts, MoE, MoEConfig, run_experts
+from layers.experts import Experts, ExpertsConfig
+from layers.moe import MoE, MoEConfig
 from layers.moe_plus_plus import MoEPlusPlus, MoEPlusPlusConfig
 from routers.deepseek_v3 import DeepSeekV3RouterConfig
 from routers.longcat import LongCatRouter, LongCatRouterConfig
@@ -389,10 +389,10 @@ def test_llama4_says_that_its_weights_are_for_inputs():
 
 def test_remoe_through_the_experts_is_the_sum_over_gates_above_zero():
     router, x = make("remoe"), tokens()
-    up = ExpertLinear(4, D, 24, role="expert").double()
-    down = ExpertLinear(4, 12, D, role="expert").double()
+    experts = Experts(ExpertsConfig(d_model=D, d_expert=12, n_experts=4)).double()
+    up, down = experts.gate_up, experts.down
     routing = router(x)
-    y = run_experts(x, routing.experts, routing.weights, routing.keep, Experts(up, down, "silu"))
+    y = experts(x, routing.experts, routing.weights, routing.keep)
     expected = torch.zeros_like(x)
     for t in range(T):
         for e in range(4):

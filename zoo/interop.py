@@ -5,9 +5,9 @@ shared experts; `LAYOUTS`, how the experts are stored. Both directions are pure 
 of tensors and move numbers without touching them: there and back gives the same bits, and gradients
 convert as weights do.
 
-Ours (moe.md 14.3): gate_up.weight [E, 2F, D], gate rows first; down.weight [E, D, F]; router.weight
-[E, D]; router.bias [E] where the router has one; shared.gate_up.weight [2S, D] and
-shared.down.weight [D, S] where there are shared experts, S wide together.
+Ours (moe.md 14.3): experts.gate_up.weight [E, 2F, D], gate rows first; experts.down.weight
+[E, D, F]; router.weight [E, D]; router.bias [E] where the router has one; shared.gate_up.weight
+[2S, D] and shared.down.weight [D, S] where there are shared experts, S wide together.
 """
 
 import difflib
@@ -59,7 +59,7 @@ def import_moe(
     gate_up, down = how.read([given[name] for name in experts])
     state = {"router.weight": given[naming.router]}
     state |= {own: given[theirs] for own, theirs in naming.others.items()}
-    state |= {"gate_up.weight": gate_up, "down.weight": down}
+    state |= {"experts.gate_up.weight": gate_up, "experts.down.weight": down}
     if shared:
         gate, up, last = (given[name] for name in shared)
         state |= {"shared.gate_up.weight": torch.cat([gate, up]), "shared.down.weight": last}
@@ -85,7 +85,7 @@ def export_moe(
     naming, how, what = _find(model, layout)
     e, d, f = _check_ours(state, naming, f"moe, for {what},")
     names = how.shapes(naming, e, d, f)
-    written = how.write(state["gate_up.weight"], state["down.weight"])
+    written = how.write(state["experts.gate_up.weight"], state["experts.down.weight"])
     theirs = {naming.router: state["router.weight"]}
     theirs |= {name: state[own] for own, name in naming.others.items()}
     theirs |= dict(zip(names, written, strict=True))
@@ -137,7 +137,7 @@ def _check_ours(state: Tensors, naming: Naming, what: str) -> tuple[int, int, in
     def shapes(f: int, s: int) -> tuple[Shapes, Shapes]:
         has_shared = naming.shared and any(k.startswith("shared.") for k in state)
         shared = {"shared.gate_up.weight": [2 * s, d], "shared.down.weight": [d, s]}
-        experts = {"gate_up.weight": [e, 2 * f, d], "down.weight": [e, d, f]}
+        experts = {"experts.gate_up.weight": [e, 2 * f, d], "experts.down.weight": [e, d, f]}
         return experts, shared if has_shared else {}
 
     experts, shared = shapes(1, 1)

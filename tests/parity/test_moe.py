@@ -30,8 +30,9 @@ def silu(h):
     return h / (1 + torch.exp(-h))
 
 
-def expert(x, gate_up, down):
+def expert(x, experts, e):
     """W_down( silu(W_gate x) * (W_up x) ), gate rows first."""
+    gate_up, down = experts.gate_up.weight[e], experts.down.weight[e]
     gate, up = gate_up[:F] @ x, gate_up[F:] @ x
     return down @ (silu(gate) * up)
 
@@ -44,10 +45,7 @@ def by_token(layer, x, renormalize):
         p = torch.exp(logits) / torch.exp(logits).sum()
         chosen = sorted(range(c.n_experts), key=lambda e: -p[e].item())[: c.top_k]
         norm = sum(p[e] for e in chosen) if renormalize else 1.0
-        y = sum(
-            p[e] / norm * expert(token, layer.gate_up.weight[e], layer.down.weight[e])
-            for e in chosen
-        )
+        y = sum(p[e] / norm * expert(token, layer.experts, e) for e in chosen)
         if layer.shared is not None:
             wide = layer.shared.gate_up.weight, layer.shared.down.weight
             half = wide[0].shape[0] // 2
@@ -98,7 +96,10 @@ def test_one_expert_is_the_dense_ffn_bit_for_bit(shape, grad):
     router = TopKRouter(TopKRouterConfig(d_model=64, n_experts=1, top_k=1))
     moe = MoE(MoEConfig(d_model=64, n_experts=1, top_k=1), router)
     with torch.no_grad():
-        moe.gate_up.weight[0], moe.down.weight[0] = dense.gate_up.weight, dense.down.weight
+        moe.experts.gate_up.weight[0], moe.experts.down.weight[0] = (
+            dense.gate_up.weight,
+            dense.down.weight,
+        )
     x = torch.randn(*shape, 64)
     inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
     with torch.set_grad_enabled(grad):
@@ -111,8 +112,8 @@ def test_one_expert_is_the_dense_ffn_bit_for_bit(shape, grad):
         for y in ys:
             y.backward(probe)
         assert torch.equal(inputs[0].grad, inputs[1].grad)
-        assert torch.equal(dense.gate_up.weight.grad, moe.gate_up.weight.grad[0])
-        assert torch.equal(dense.down.weight.grad, moe.down.weight.grad[0])
+        assert torch.equal(dense.gate_up.weight.grad, moe.experts.gate_up.weight.grad[0])
+        assert torch.equal(dense.down.weight.grad, moe.experts.down.weight.grad[0])
 
 
 @pytest.mark.parametrize("mode", ["train", "decode"])
@@ -129,12 +130,7 @@ def test_weights_on_the_input_of_experts(mode):
         logits = layer.router.weight @ token
         chosen = sorted(range(E), key=lambda e: -logits[e].item())[:K]
         weight = {e: 1 / (1 + torch.exp(-logits[e])) for e in chosen}
-        rows.append(
-            sum(
-                expert(weight[e] * token, layer.gate_up.weight[e], layer.down.weight[e])
-                for e in chosen
-            )
-        )
+        rows.append(sum(expert(weight[e] * token, layer.experts, e) for e in chosen))
     expected = torch.stack(rows)[None]
     with torch.set_grad_enabled(mode == "train"):
         y = layer(x).y

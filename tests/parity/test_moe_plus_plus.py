@@ -65,8 +65,8 @@ def apply(layer, e, x):
         w_c = layer.constant_mix.weight[e - CONSTANTS[0]]
         a = torch.exp(w_c @ x)
         return (a[0] * x + a[1] * layer.constant.weight[e - CONSTANTS[0]]) / a.sum()
-    gate, up = layer.gate_up.weight[e][:F] @ x, layer.gate_up.weight[e][F:] @ x
-    return layer.down.weight[e] @ (gate / (1 + torch.exp(-gate)) * up)
+    gate, up = layer.experts.gate_up.weight[e][:F] @ x, layer.experts.gate_up.weight[e][F:] @ x
+    return layer.experts.down.weight[e] @ (gate / (1 + torch.exp(-gate)) * up)
 
 
 def by_token(layer, x, carry=None, drops=()):

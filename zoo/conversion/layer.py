@@ -57,8 +57,8 @@ def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> Mo
     moe.router.to(torch.promote_types(dense.up.dtype, torch.float32))  # a router decides in float32
     stacks = with_noise(METHODS[to].stacks(dense, said, generator), said.noise, generator)
     with torch.no_grad():
-        moe.gate_up.weight.copy_(stacks.gate_up)
-        moe.down.weight.copy_(stacks.down)
+        moe.experts.gate_up.weight.copy_(stacks.gate_up)
+        moe.experts.down.weight.copy_(stacks.down)
         rows = said.router_rows(ffn.config.d_model, generator)
         moe.router.weight.copy_(rows)  # pyright: ignore[reportCallIssue]
     return moe

@@ -75,7 +75,7 @@ def layer_pa_loss(moe: MoE, teacher: SwiGLU, x: Tensor, mask: Tensor | None = No
     scale = mixing_scale(1, config.n_experts, config.top_k, renormalize=renormalize)
     with torch.no_grad():
         x = x if mask is None else x.masked_fill(~mask[:, None], 0)
-        stacks = ExpertStacks(moe.gate_up.weight, moe.down.weight / scale)
+        stacks = ExpertStacks(moe.experts.gate_up.weight, moe.experts.down.weight / scale)
         outputs = expert_outputs(x, stacks, config.activation)
         gate_up = x @ teacher.gate_up.weight.t()
         target = glu(gate_up, teacher.config.activation) @ teacher.down.weight.t()
