@@ -71,10 +71,13 @@ class DeepSeekV2Router(nn.Module):
         c = self.config
         logits = scores(x, self.weight)  # [T, E]
         probs = logits.softmax(-1)
-        allowed = within_groups(logits.detach(), c.n_groups, c.top_groups, best)
-        experts = top_indices(allowed, c.top_k)  # [T, K]
+        experts = top_indices(self.preference(logits), c.top_k)  # [T, K]
         weights = probs.gather(-1, experts) * c.scale
         if is_decoding(x):
             return Routing(experts, weights, logits, {})
         balance = self.balance(probs, experts, mask, n_sequences)
         return Routing(experts, weights, logits, {"balance": balance, "z": z_loss(logits, mask)})
+
+    def preference(self, logits: Tensor) -> Tensor:
+        """[T, E], of which the k largest are chosen; -inf outside a token's groups."""
+        return within_groups(logits.detach(), self.config.n_groups, self.config.top_groups, best)

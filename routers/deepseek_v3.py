@@ -79,8 +79,7 @@ class DeepSeekV3Router(SelectionBias):
         c = self.config
         logits = scores(x, self.weight)  # [T, E]
         s = logits.sigmoid()
-        choice = within_groups(s.detach() + self.bias, c.n_groups, c.top_groups, sum_of_two)
-        experts = top_indices(choice, c.top_k)  # [T, K]
+        experts = top_indices(self._choice(s), c.top_k)  # [T, K]
         weights = s.gather(-1, experts)
         if c.renormalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -88,7 +87,22 @@ class DeepSeekV3Router(SelectionBias):
         if is_decoding(x):
             return Routing(experts, weights, logits, {})
         unbiased = top_indices(s, c.top_k)
-        probs = s / (s.sum(-1, keepdim=True) + 1e-20)
-        balance = self.balance(probs, unbiased, mask, n_sequences)
+        balance = self.balance(_normalised(s), unbiased, mask, n_sequences)
         losses = {"balance": balance, "z": square_loss(logits, mask)}
         return Routing(experts, weights, logits, losses)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[T, E], s / sum s: what the balance loss is of."""
+        return _normalised(logits.sigmoid())
+
+    def preference(self, logits: Tensor) -> Tensor:
+        """[T, E], of which the k largest are chosen; -inf outside a token's groups."""
+        return self._choice(logits.sigmoid())
+
+    def _choice(self, s: Tensor) -> Tensor:
+        c = self.config
+        return within_groups(s.detach() + self.bias, c.n_groups, c.top_groups, sum_of_two)
+
+
+def _normalised(s: Tensor) -> Tensor:
+    return s / (s.sum(-1, keepdim=True) + 1e-20)

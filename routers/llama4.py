@@ -59,3 +59,8 @@ class Llama4Router(nn.Module):
         balance = balance_loss(logits.softmax(-1), experts, mask)
         losses = {"balance": balance, "z": square_loss(logits, mask)}
         return Routing(experts, weights, logits, losses)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[T, E], the sigmoids as shares of their sum."""
+        s = logits.sigmoid()
+        return s / s.sum(-1, keepdim=True).clamp_min(1e-20)

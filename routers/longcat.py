@@ -84,9 +84,16 @@ class LongCatRouter(SelectionBias):
         c = self.config
         logits = scores(x, self.weight)  # [T, N]
         probs = logits.softmax(-1)
-        experts = top_indices(probs.detach() + self.bias, c.top_k)  # [T, K]
+        experts = top_indices(self._choice(probs), c.top_k)  # [T, K]
         weights = probs.gather(-1, experts) * c.scale
         if is_decoding(x):
             return Routing(experts, weights, logits, {})
         losses = {"balance": balance_loss(probs, experts, mask), "z": z_loss(logits, mask)}
         return Routing(experts, weights, logits, losses)
+
+    def preference(self, logits: Tensor) -> Tensor:
+        """[T, N], of which the k largest are chosen."""
+        return self._choice(logits.softmax(-1))
+
+    def _choice(self, probs: Tensor) -> Tensor:
+        return probs.detach() + self.bias

@@ -105,6 +105,14 @@ class PathwayRouter(nn.Module):
         canonical = raw * (c.n_routes / c.top_k)  # 1.0 when even and tau = 1
         return Routing(experts, weights, logits, {"balance": canonical, "z": z_loss(logits, mask)})
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[T, N], p of the normalised logits."""
+        return self._normed(logits).softmax(-1)
+
+    def preference(self, logits: Tensor) -> Tensor:
+        """[T, N], of which the k largest are chosen."""
+        return self._normed(logits)
+
     def _checked(self, carry: Tensor | None) -> Tensor:
         given = "none" if carry is None else str(carry.shape[-1])
         if carry is None or carry.shape[-1] != self.config.n_carry:

@@ -70,6 +70,12 @@ class ReMoERouter(Float32State):
         l1 = self.strength * load_weighted_l1(gates, c.top_k, mask)
         return Routing(experts, gates, logits, {"l1": l1}, keep)
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[T, E], the gates as shares of their sum; even for a token that has none."""
+        gates = logits.relu()
+        total = gates.sum(-1, keepdim=True)
+        return torch.where(total > 0, gates / total.clamp_min(1e-30), 1 / logits.shape[-1])
+
     def update(self, sparsity: float) -> None:
         """Move lambda once an optimizer step: times 1.2 where gates are too dense, else by 1.2.
 
