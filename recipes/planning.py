@@ -22,7 +22,7 @@ from recipes.schema import Recipe
 from zoo.budget import measure_of, solve_width
 from zoo.registry import find
 
-MAY_DIFFER = ("model.ffn", "model.router", "precision", "seed")
+MAY_DIFFER = ("model.ffn", "model.router", "model.allow_noncausal", "precision", "seed")
 LR = "optim.lr"  # may differ too where learning rates are tried
 
 

@@ -2,13 +2,14 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from layers.base import Cost
 from layers.names import unknown
 from zoo.entry import Entry
-from zoo.registry import entries, find, resolve
+from zoo.registry import entries, read_router, resolve
 
 REFERENCE: dict[str, Any] = {"d_model": 512}  # where a card states its cost
 
@@ -71,10 +72,11 @@ def describe(name: str) -> Card:
     if name not in known:
         raise unknown("FFN variant or router", name, known)
     entry = known[name]
-    options = _options(entry)
+    options, router = _options(entry, entry.defaults), None
     if entry.router:
         seen = {option.name for option in options}
-        router_options = _options(find(entry.router, "router"))
+        router, given = read_router(entry.router)
+        router_options = _options(router, given)
         options += tuple(option for option in router_options if option.name not in seen)
     return Card(
         name=entry.name,
@@ -84,7 +86,7 @@ def describe(name: str) -> Card:
         paper=entry.paper,
         aliases=entry.aliases,
         presets={preset: dict(values) for preset, values in entry.presets.items()},
-        router=entry.router,
+        router=router.name if router else None,
         width=entry.width,
         options=options,
         reference=dict(REFERENCE),
@@ -92,18 +94,25 @@ def describe(name: str) -> Card:
     )
 
 
-def _options(entry: Entry) -> tuple[Option, ...]:
+def _options(entry: Entry, given: Mapping[str, Any]) -> tuple[Option, ...]:
+    """Of its config; given: defaults that the catalogue sets in place of the config's."""
     comments = _comments(entry.config)
     return tuple(
         Option(
             name=f.name,
             type=getattr(f.type, "__name__", None) if isinstance(f.type, type) else str(f.type),  # pyright: ignore
-            default="required" if f.default is MISSING else repr(f.default),
+            default=_default(f.default, f.name, given),
             comment=comments.get(f.name, ""),
             owner=entry.name,
         )
         for f in fields(entry.config)
     )
+
+
+def _default(own: Any, name: str, given: Mapping[str, Any]) -> str:
+    if name in given:
+        return repr(given[name])
+    return "required" if own is MISSING else repr(own)
 
 
 def _comments(config: type[Any]) -> dict[str, str]:

@@ -19,12 +19,15 @@ class Entry:
     tiny: Mapping[str, Any]  # the smallest options worth testing
     kind: Literal["ffn", "router"] = "ffn"
     width: str | None = None  # the field that `zoo.match` turns; None: it has no width of its own
-    router: str | None = None  # default router by name; None: the variant routes nothing
+    router: str | Mapping[str, Any] | None = None  # default router: a name, or a mapping with
+    # `name`, perhaps `preset`, and options; None: the variant routes nothing
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # in place of the config's own
     aliases: tuple[str, ...] = ()
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # named options
     tokenwise: bool = True  # a token's output does not depend on its neighbours
     own_norm: bool = False  # reads the raw residual stream and norms it itself
 
     def __post_init__(self) -> None:
-        if self.width is not None and self.width not in self.config.__dataclass_fields__:
-            raise ValueError(f"{self.name}: width {self.width!r} is no field of its config")
+        for what, option in (("width", self.width), *(("default", key) for key in self.defaults)):
+            if option is not None and option not in self.config.__dataclass_fields__:
+                raise ValueError(f"{self.name}: {what} {option!r} is no field of its config")

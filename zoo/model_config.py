@@ -28,6 +28,7 @@ class ModelConfig:
     init_std: float | None = None  # of embedding and head; None: 1 / sqrt(d_model), unit logits
     ffn: Any = MISSING  # see zoo.plan
     router: Any = None  # in place of the default router of every layer that routes
+    allow_noncausal: bool = False  # let training read later tokens (expert choice, Soft MoE)
 
     def __post_init__(self) -> None:
         check_positive(
@@ -98,6 +99,12 @@ class ModelConfig:
                 choice = self._settle(layer, n_carry)
             except ValueError as error:
                 raise ValueError(f"layer {i}: {error}") from None
+            if not choice.causal and not self.allow_noncausal:
+                raise ValueError(
+                    f"layer {i}: {choice.entry.name} as configured lets a token read later ones in "
+                    "training, which a language model must not: set allow_noncausal=True to train "
+                    "so anyway (evaluation decides causally), or choose another variant"
+                )
             choices.append(choice)
             n_carry = _n_logits(choice) or n_carry
         return tuple(choices)

@@ -31,6 +31,11 @@ class Choice:
     router_entry: Entry | None = None
     router_config: Any = None
 
+    @property
+    def causal(self) -> bool:
+        """Whether no token's output, in training too, depends on later tokens."""
+        return all(getattr(c, "causal", True) for c in (self.config, self.router_config))
+
     def build(self) -> nn.Module:
         """A new module with freshly drawn weights."""
         if self.router_entry is None:
@@ -120,8 +125,8 @@ def resolve(
         ValueError: for an unknown name, preset or option, a missing or impossible value.
     """
     entry = find(name)
-    options = dict(_preset(entry, preset)) | options
-    router_entry, router_options = _router(entry, router)
+    options = {**entry.defaults, **_preset(entry, preset), **options}
+    router_entry, router_defaults, router_options = _router(entry, router)
     known = field_names(entry.config)
     router_known = field_names(router_entry.config) if router_entry else []
     for option in options:
@@ -140,7 +145,8 @@ def resolve(
                 f"router option {option}={value} contradicts {entry.name}'s {option}="
                 f"{shared[option]}: give it once, beside the variant's name"
             )
-    router_config = construct(router_entry, {**shared, **flat, **router_options})
+    settled = {**router_defaults, **shared, **flat, **router_options}
+    router_config = construct(router_entry, settled)
     return Choice(
         entry=entry, config=config, router_entry=router_entry, router_config=router_config
     )
@@ -156,13 +162,21 @@ def _preset(entry: Entry, preset: str | None) -> Mapping[str, Any]:
 
 def _router(
     entry: Entry, router: str | Mapping[str, Any] | None
-) -> tuple[Entry | None, dict[str, Any]]:
+) -> tuple[Entry | None, Mapping[str, Any], Mapping[str, Any]]:
+    """Its row, options that the catalogue gives it, and options that the caller gives it."""
     if entry.router is None:
         if router is not None:
             raise ValueError(f"{entry.name} routes nothing, so it takes no router, got {router!r}")
-        return None, {}
+        return None, {}, {}
     if router is None:
-        return find(entry.router, "router"), {}
+        found, options = read_router(entry.router)
+        return found, options, {}
+    found, options = read_router(router)
+    return found, {}, options
+
+
+def read_router(router: str | Mapping[str, Any]) -> tuple[Entry, dict[str, Any]]:
+    """A router's row and options, from its name or a mapping with `name`, `preset` and options."""
     if isinstance(router, str):
         return find(router, "router"), {}
     if "name" not in router:
