@@ -1,7 +1,8 @@
 """Convert a finished dense run into a mixture of experts, and say what that cost before training.
 
 convert.json         what it came from, options, each layer's receipt, bits per byte, parameters
-recipe.yaml          the run's, with the converted layers and weights of a router's losses
+recipe.yaml          the run's, with the converted layers and weights of a router's losses; its
+                     `init_from` is this directory, so that training it goes on from here
 weights.safetensors  of the mixture
 result.json          the run's, with the mixture's figures and no curve, so that a report lays both
                      side by side; steps, tokens and speed are those of the dense training
@@ -80,7 +81,7 @@ def convert_run(
         raise ValueError(f"{out} is already there: give another out=, or delete it")
     dense = read_model(run)
     made = convert(dense.model, to, seed=dense.recipe.seed, **vars(chosen))
-    recipe = _recipe(dense.recipe, made)
+    recipe = _recipe(dense.recipe, made, out)
     load.check(recipe)
     with settings(recipe.trainer), record.filling(out) as part:
         data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
@@ -130,10 +131,13 @@ def _check_run(run: Path) -> None:
             raise ValueError(f"{run} is {word}: convert the run that it came from")
 
 
-def _recipe(recipe: Recipe, made: Conversion) -> Recipe:
-    """The run's recipe with the converted model; a router's losses need weights to train on."""
+def _recipe(recipe: Recipe, made: Conversion, out: Path) -> Recipe:
+    """The run's recipe with the converted model, to train on from its weights.
+
+    A router's losses need weights for that.
+    """
     weights = LOSS_WEIGHTS | recipe.loss_weights
-    return replace(recipe, model=made.model.config, loss_weights=weights)
+    return replace(recipe, model=made.model.config, loss_weights=weights, init_from=str(out))
 
 
 def _taught(

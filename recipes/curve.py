@@ -29,8 +29,9 @@ class Curve(Callback):
     """Logs a row every `log_every` and every `eval_every` steps, the same keys in each.
 
     Rows live in the checkpoint and are logged again on resume, so that none is lost or doubled.
-    Between rows nothing waits for the device. `train_s` counts the steps alone: no start,
-    evaluation or checkpoint.
+    A run that begins from given weights has a row of step 0 too, before any training. Between rows
+    nothing waits for the device. `train_s` counts the steps alone: no start, evaluation or
+    checkpoint.
     """
 
     def __init__(self, data: TextData, *, log_every: int, eval_every: int, tokens: int,
@@ -38,6 +39,7 @@ class Curve(Callback):
         """tokens, flops: of one optimizer step; training FLOPs."""
         self.data, self.log_every, self.eval_every = data, log_every, eval_every
         self.tokens, self.flops = tokens, flops
+        self.begin: Row | None = None  # step 0, of a run that begins from given weights
         self.rows: list[Row] = []
         self.train_s = 0.0
         self._since: float | None = None  # when the clock was last started
@@ -46,21 +48,28 @@ class Curve(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, which weights_only loads; the row in the making too."""
         sums = {name: float(value) for name, value in self._sums.items()}
-        return {"rows": [dict(row) for row in self.rows], "train_s": self.train_s, "sums": sums}
+        rows = {"begin": self.begin, "rows": [dict(row) for row in self.rows]}
+        return rows | {"train_s": self.train_s, "sums": sums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
+        self.begin = state_dict.get("begin")
         self.rows = [dict(row) for row in state_dict["rows"]]
         self.train_s = state_dict["train_s"]
         self._sums = dict(state_dict["sums"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log again what the run had logged."""
-        for row in self.rows:
-            self._write(trainer, row)
+        for row in (self.begin, *self.rows):
+            if row is not None:
+                self._write(trainer, row)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Evaluate weights that were given, and start the clock."""
+        assert isinstance(pl_module, LanguageModelTask)
+        if pl_module.recipe.init_from is not None and trainer.global_step == 0:
+            self.begin = self._first_row(trainer, pl_module)
+            self._write(trainer, self.begin)
         self._since = time.perf_counter()
 
     def on_train_batch_start(
@@ -129,6 +138,12 @@ class Curve(Callback):
         self._sums = {}
         return row | losses
 
+    def _first_row(self, trainer: pl.Trainer, task: LanguageModelTask) -> Row:
+        """Before any step: what an evaluation finds, and nothing of training."""
+        row: Row = {"step": 0, "tokens": 0, "flops": 0, "train_s": 0.0, "tokens_per_s": None}
+        row |= {"train_bpb": None, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
+        return row | self._evaluated(task)
+
     def _eval_keys(self, task: LanguageModelTask) -> list[str]:
         domains = [f"eval_bpb/{domain}" for domain in self.data.domains]
         loads = [f"load/{key}" for key in LOAD_KEYS] if expert_names(task.model) else []
@@ -157,7 +172,8 @@ class Curve(Callback):
     def points(self) -> tuple[Point, ...]:
         """The rows as result.json keeps them: a number that is none is left out."""
         names = Point.__dataclass_fields__
-        return tuple(Point(**{name: _known(row[name]) for name in names}) for row in self.rows)  # pyright: ignore
+        rows = self.rows if self.begin is None else [self.begin, *self.rows]
+        return tuple(Point(**{name: _known(row[name]) for name in names}) for row in rows)  # pyright: ignore
 
     def losses(self) -> list[float]:
         """Training loss of each row, bits per byte; of each step where each has a row."""

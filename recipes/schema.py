@@ -76,6 +76,7 @@ class Recipe:
     """One run, whole."""
 
     seed: int = 0
+    init_from: str | None = None  # a run's directory or a weights file; None: drawn from the seed
     precision: Any = "bf16"  # a preset by name, or a policy written out
     model: ModelConfig = field(default_factory=ModelConfig)
     loss_weights: dict[str, float] = field(default_factory=dict)

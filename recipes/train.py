@@ -17,6 +17,7 @@ from recipes.controllers import controller_callbacks
 from recipes.costing import run_cost, whole_model_cost
 from recipes.curve import Curve, Diverged, final_evaluation
 from recipes.data import TextData
+from recipes.initial import begin_from, check_begun, init_sha256
 from recipes.names import ffn_label, precision_label
 from recipes.precision_callbacks import precision_callbacks
 from recipes.probes import probe_callbacks, recorded
@@ -59,6 +60,7 @@ def train(
     busy = f"{out} is in use by another run: wait for it, or give another out="
     with record.locked(out / ".lock", busy, wait_s=LOCK_WAIT_S):
         _claim(recipe, out)
+        check_begun(recipe, out)
         done = record.read_result(out)
         if done is not None:
             print(f"{done['id']}: already finished in {out}", flush=True)
@@ -85,7 +87,8 @@ def _claim(recipe: Recipe, out: Path) -> None:
 def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[str, Any]:
     run_id = run_id or f"{variant}-{precision_label(recipe.precision)}-s{recipe.seed}"
     fingerprint = record.fingerprint(load.to_plain(recipe))
-    about = {
+    about: dict[str, Any] = {
+        "init_sha256": init_sha256(recipe),
         "versions": record.versions(),
         "commit": record.commit(),
         "machine": record.machine(torch.get_num_threads()),
@@ -99,6 +102,8 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
     resumed = _resumable(last, fingerprint)
     data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
     task = LanguageModelTask(recipe, data.domains)
+    if not resumed:
+        begin_from(recipe, task.model)
     cost = whole_model_cost(recipe)
     curve = _curve(recipe, data, cost)
     probes = probe_callbacks(recipe, out)

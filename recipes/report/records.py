@@ -113,6 +113,7 @@ class Run:
     final: Final
     speed: Speed
     recipe: dict[str, Any] = field(default_factory=dict)  # resolved
+    init_sha256: str | None = None  # of the weights file that it began from; None: drawn
     versions: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None
     machine: dict[str, Any] = field(default_factory=dict)
