@@ -56,6 +56,20 @@ class Kinds:
         """Experts that have no FFN."""
         return self.constants + self.n_copy + self.n_zero
 
+    def check_share(self, free: float, top_k: int) -> None:
+        """Raise unless tokens of top_k distinct experts can use this share of those without an FFN.
+
+        free: share of all assignments.
+        """
+        least = max(1 - self.n_experts / top_k, 0)
+        most = min(self.n_zero_computation / top_k, 1)
+        if not (0 < free < 1 and least <= free <= most):
+            raise ValueError(
+                f"zero_computation_share must be above 0, below 1 and in [{least:g}, {most:g}] for "
+                f"top_k={top_k} of {self.n_experts} FFN and {self.n_zero_computation} other "
+                f"experts, got {free}"
+            )
+
     @property
     def n_routes(self) -> int:
         """Experts of all kinds."""
@@ -77,6 +91,7 @@ class MoEPlusPlusConfig(Kinds):
     top_k: int = 2
     activation: str = "silu"  # of the gate: silu | gelu | relu | identity
     tau: float = 0.75  # as the router's: share of an FFN expert's use to a zero-computation one's
+    zero_computation_share: float | None = None  # as the router's: wanted in place of what tau says
     capacity_factor: float | None = 1.1  # gamma, in training; None: dropless
     capacity_of: str = "assignments"  # gamma times T K slots; "tokens": times T, the paper's letter
     priority: str = "position"  # who stays: the first tokens, or the largest "weight"
@@ -89,6 +104,8 @@ class MoEPlusPlusConfig(Kinds):
         _ = self.experts  # its own checks
         check_choice("capacity_of", self.capacity_of, ("assignments", "tokens"))
         check_choice("priority", self.priority, ("position", "weight"))
+        if self.zero_computation_share is not None:
+            self.check_share(self.zero_computation_share, self.top_k)
         if self.capacity_factor is not None:
             check_positive(capacity_factor=self.capacity_factor)
         if self.top_k > self.n_routes:
@@ -112,12 +129,20 @@ class MoEPlusPlusConfig(Kinds):
         )  # fmt: skip
 
     @property
+    def designed_tau(self) -> float:
+        """tau, or the one at which the balance loss would ask for the wanted share."""
+        free = self.zero_computation_share
+        if free is None:
+            return self.tau
+        return self.n_zero_computation * (1 - free) / (free * self.n_experts)
+
+    @property
     def designed_share(self) -> float:
         """Share of one zero-computation expert in all assignments at the balance loss's minimum.
 
         An FFN expert's is tau times it (moe.md 4.4).
         """
-        return 1 / (self.tau * self.n_experts + self.n_zero_computation)
+        return 1 / (self.designed_tau * self.n_experts + self.n_zero_computation)
 
     @property
     def slots(self) -> tuple[float, ...]:
@@ -132,7 +157,7 @@ class MoEPlusPlusConfig(Kinds):
         per_token = self.top_k if self.capacity_of == "assignments" else 1
         free = self.capacity_factor * per_token * self.designed_share
         rest = free if self.limit_zero_computation else math.inf
-        return (self.tau * free,) * self.n_experts + (rest,) * self.n_zero_computation
+        return (self.designed_tau * free,) * self.n_experts + (rest,) * self.n_zero_computation
 
     def cost(self, assignments: float | None = None) -> Cost:
         """One token's cost; the router counts its own.
@@ -142,7 +167,7 @@ class MoEPlusPlusConfig(Kinds):
                 K tau N_FFN / (tau N_FFN + N_ZC).
         """
         if assignments is None:
-            assignments = self.top_k * self.tau * self.n_experts * self.designed_share
+            assignments = self.top_k * self.designed_tau * self.n_experts * self.designed_share
         ffn = self.experts.cost(assignments).within("experts.")
         n, d = self.constants, self.d_model
         if not n:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from recipes.schema import Recipe
 from routers.balance import BalanceLoss, over_ranks
 from routers.remoe import ReMoERouter
-from routers.state import SelectionBias
+from routers.state import Steered
 
 
 def controller_callbacks(recipe: Recipe) -> list[Callback]:
@@ -20,7 +20,7 @@ def controller_callbacks(recipe: Recipe) -> list[Callback]:
     """
     choices = [c for c in recipe.model.layers() if c.router_entry is not None]
     moves = any(
-        issubclass(c.router_entry.module, (SelectionBias, ReMoERouter))  # pyright: ignore
+        issubclass(c.router_entry.module, (Steered, ReMoERouter))  # pyright: ignore
         or getattr(c.router_config, "balance_scope", "") == "global_batch"
         for c in choices
     )
@@ -33,7 +33,8 @@ class RouterController(Callback):
     Counts come from the `stats` that layers return, so neither an evaluation nor a recomputed
     forward is counted, and padding is not. They are summed over micro-batches and all processes.
 
-    - A selection bias (`routers.state`) moves by `update`, up to `bias_until` of the run.
+    - A steered router (`routers.state`: a selection bias, MoE++'s tau) moves by `update`, up to
+      `bias_until` of the run.
     - ReMoE's lambda moves by `update`, all layers alike, by their mean sparsity.
     - A balance loss over the global batch gets the counts of the step's earlier micro-batches.
 
@@ -53,7 +54,9 @@ class RouterController(Callback):
         model: Any = pl_module.model
         found = {i: getattr(block.ffn, "router", None) for i, block in enumerate(model.blocks)}
         self._routers = {
-            i: r for i, r in found.items() if isinstance(r, (SelectionBias, ReMoERouter))
+            i: r
+            for i, r in found.items()
+            if isinstance(r, ReMoERouter) or (isinstance(r, Steered) and r.moves)
         }
         losses = {i: getattr(router, "balance", None) for i, router in found.items()}
         self._running = {
@@ -95,7 +98,7 @@ class RouterController(Callback):
         *sums, tokens = over_ranks(torch.cat(parts)).split([len(part) for part in parts])
         gates: list[tuple[ReMoERouter, Tensor]] = []
         for router, counts in zip(self._routers.values(), sums, strict=True):
-            if isinstance(router, SelectionBias):
+            if isinstance(router, Steered):
                 router.update(counts, progress=progress)
             elif isinstance(router, ReMoERouter):
                 gates.append((router, counts))

@@ -11,7 +11,7 @@ from layers.moe_plus_plus import Kinds
 from layers.names import check_positive
 from routers.balance import balance_loss, z_loss
 from routers.scores import draw_normal, matrix_cost, scores, top_indices
-from routers.state import BiasControl, SelectionBias
+from routers.state import BiasControl, SelectionBias, steered_shares
 
 PRESETS: dict[str, dict[str, object]] = {"longcat_flash": {"scale": 6.0}}
 
@@ -72,10 +72,7 @@ class LongCatRouter(SelectionBias):
         c = self.config
         if c.ffn_per_token is None:
             return None
-        ffn = c.ffn_per_token / c.top_k
-        each = [ffn / c.n_experts] * c.n_experts
-        each += [(1 - ffn) / c.n_zero_computation] * c.n_zero_computation
-        return torch.tensor(each, dtype=torch.float64, device=self.bias.device)
+        return steered_shares(c, 1 - c.ffn_per_token / c.top_k)
 
     def forward(
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None

@@ -6,7 +6,7 @@ A controller calls `update` once per optimizer step with counts summed over micr
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,24 @@ class Float32State(nn.Module):
         return self
 
 
+class Steered(Float32State):
+    """A router whose state a controller moves by what was chosen."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is anything to move, as configured."""
+        return True
+
+    def update(self, counts: Tensor, *, progress: float = 0.0) -> None:
+        """Move the state once.
+
+        Args:
+            counts: [E], assignments of the step: summed over its micro-batches and all ranks.
+            progress: steps done before this one, as a share of all.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class BiasControl:
     """How a selection bias moves (arXiv:2408.15664; moe.md 3.4)."""
@@ -48,7 +66,7 @@ class BiasControl:
             raise ValueError(f"bias_until must be in [0, 1], got {self.bias_until}")
 
 
-class SelectionBias(Float32State):
+class SelectionBias(Steered):
     """A router that chooses by score + bias and weighs by score; the bias learns by counting.
 
     The bias is a float32 buffer: saved, never differentiated, decayed or cast.
@@ -67,16 +85,21 @@ class SelectionBias(Float32State):
         return None
 
     def update(self, counts: Tensor, *, progress: float = 0.0) -> None:
-        """Move the bias once.
-
-        Args:
-            counts: [E], assignments of the step: summed over its micro-batches and all ranks.
-            progress: steps done before this one, as a share of all.
-        """
+        """Move the bias once; see `Steered`."""
         control = self._control
         if progress < control.bias_until and control.bias_step:
             move = bias_move(counts.to(self.bias.device), control, self.shares)
             self.bias.add_(move.to(self.bias.dtype))
+
+
+def steered_shares(config: Any, free: float) -> Tensor:
+    """[N] float64, shares of all assignments: `free` for experts without an FFN, even in a kind.
+
+    config: numbers of experts, as `layers.moe_plus_plus.Kinds` has them.
+    """
+    each = [(1 - free) / config.n_experts] * config.n_experts
+    each += [free / config.n_zero_computation] * config.n_zero_computation
+    return torch.tensor(each, dtype=torch.float64)
 
 
 def bias_move(counts: Tensor, control: BiasControl, shares: Tensor | None = None) -> Tensor:
