@@ -54,7 +54,7 @@ class ExpertsConfig:
             )  # fmt: skip
 
         matrices = 2 if self.gated else 1
-        act = GATE_FLOPS[self.activation] + 1 if self.gated else ACTIVATION_FLOPS[self.activation]
+        act = (GATE_FLOPS if self.gated else ACTIVATION_FLOPS)[self.activation]
         inner = self.inner_name
         items = [stack(f"{inner}.weight", matrices * n, 2 * matrices * n, (act + 1) * f)]
         if self.bias:

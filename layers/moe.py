@@ -1,28 +1,32 @@
 """Token-choice mixture of experts, dropless (arXiv:1701.06538; the expert: arXiv:2002.05202).
 
-Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.06066, eq. 9).
+Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.06066, eq. 9); with
+a gate they are Qwen2-MoE's (arXiv:2407.10671, released code).
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from layers.base import Cost, FFNOutput, Routing
+from layers.base import Cost, FFNOutput, Routing, WeightCost
 from layers.dispatch import count_experts, is_decoding
 from layers.experts import Experts, ExpertsConfig, default_d_expert
+from layers.linear import Linear
 from layers.names import check_positive
 from layers.swiglu import SwiGLU, SwiGLUConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Sizes of a mixture of gated experts."""
+    """Sizes of a mixture of experts."""
 
     d_model: int
     d_expert: int | None = None  # hidden width F of one expert; None: top_k make a default swiglu
     n_experts: int = 8
     top_k: int = 2
     n_shared: int = 0  # experts that every token visits, as one swiglu n_shared * d_expert wide
+    shared_gate: bool = False  # these weighed by sigmoid(w . x) (Qwen2-MoE)
     activation: str = "silu"  # of the gate, as swiglu's; as mlp's where not gated
     gated: bool = True  # False: two matrices an expert, as Switch has them
     bias: bool = False  # on every matrix of every expert (gpt-oss)
@@ -34,6 +38,13 @@ class MoEConfig:
             raise ValueError(f"top_k must be at most n_experts={self.n_experts}, got {self.top_k}")
         if self.n_shared < 0:
             raise ValueError(f"n_shared must not be negative, got {self.n_shared}")
+        if self.shared_gate and not self.n_shared:
+            raise ValueError("shared_gate weighs shared experts: give n_shared of 1 or more")
+        if self.n_shared and (self.bias or not self.gated):
+            raise ValueError(
+                "shared experts are a swiglu without biases: leave out n_shared, or bias=True and "
+                "gated=False"
+            )
 
     @property
     def hidden(self) -> int:
@@ -66,7 +77,18 @@ class MoEConfig:
     def cost(self) -> Cost:
         """One token's cost; the router counts its own."""
         routed = self.experts.cost(self.top_k).within("experts.")
-        return routed + (self.shared.cost().within("shared.") if self.shared else Cost(()))
+        return routed + self._shared_cost()
+
+    def _shared_cost(self) -> Cost:
+        if self.shared is None:
+            return Cost(())
+        cost, d = self.shared.cost().within("shared."), self.d_model
+        if not self.shared_gate:
+            return cost
+        gate = WeightCost(
+            name="shared_gate.weight", role="router", params=d, flops=2 * d, other_flops=4 + d
+        )
+        return cost + Cost((gate,))
 
 
 def flatten_inputs(
@@ -109,7 +131,10 @@ def check_routing(routing: Routing, n_experts: int) -> None:
 
 
 class MoE(nn.Module):
-    """y = shared(x) + sum over the k chosen of w_k down_k(activation(gate_k(x)) * up_k(x))."""
+    """y = shared(x) + sum over the k chosen of w_k down_k(activation(gate_k(x)) * up_k(x)).
+
+    Where it has a gate, sigmoid(w . x) shared(x), the sigmoid in float32.
+    """
 
     def __init__(self, config: MoEConfig, router: nn.Module):
         super().__init__()
@@ -117,6 +142,7 @@ class MoE(nn.Module):
         self.router = router
         self.experts = Experts(c.experts)
         self.shared = SwiGLU(c.shared) if c.shared else None
+        self.shared_gate = Linear(c.d_model, 1, role="router") if c.shared_gate else None
 
     def forward(
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
@@ -130,13 +156,22 @@ class MoE(nn.Module):
         y = self.experts(tokens, routing.experts, routing.weights, keep, weighs)
         y = y.view_as(x)
         if self.shared is not None:
-            y = y + self.shared(tokens.view_as(x)).y
+            y = y + self._shared(tokens.view_as(x))
         return FFNOutput(
             y=y.type_as(x),
             losses=routing.losses,
             stats=None if is_decoding(tokens) else self._stats(routing.experts, keep),
             carry=routing.logits.unflatten(0, x.shape[:2]),
         )
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """Shared experts, gated where they have a gate. x: [B, S, D]."""
+        assert self.shared is not None
+        y = self.shared(x).y
+        if self.shared_gate is None:
+            return y
+        gate = self.shared_gate(x)  # [B, S, 1]
+        return y * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().type_as(y)
 
     def _stats(self, experts: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
         counts = count_experts(experts, self.config.n_experts, keep)

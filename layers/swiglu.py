@@ -1,4 +1,7 @@
-"""The gated feed-forward family: SwiGLU, GEGLU, ReGLU, bilinear (arXiv:2002.05202, eq. 5-6)."""
+"""The gated feed-forward family: SwiGLU, GEGLU, ReGLU, bilinear (arXiv:2002.05202, eq. 5-6).
+
+And gpt-oss's: a clamped SwiGLU whose linear half is shifted by one (arXiv:2508.10925, 2.2).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +13,23 @@ from layers.base import Cost, FFNOutput, WeightCost
 from layers.linear import Linear
 from layers.names import check_choice, check_positive
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,  # SwiGLU
-    "gelu": F.gelu,  # GEGLU, the exact gelu
-    "relu": F.relu,  # ReGLU
-    "identity": lambda gate: gate,  # bilinear
+ALPHA, LIMIT = 1.702, 7.0  # gpt-oss: slope of the sigmoid, bound of both halves
+
+
+def _gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return (up + 1) * (gate * (ALPHA * gate).sigmoid())
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of gate and up
+    "silu": lambda gate, up: F.silu(gate) * up,  # SwiGLU
+    "gelu": lambda gate, up: F.gelu(gate) * up,  # GEGLU, the exact gelu
+    "relu": lambda gate, up: F.relu(gate) * up,  # ReGLU
+    "identity": lambda gate, up: gate * up,  # bilinear
+    "gpt_oss": _gpt_oss,
 }
-GATE_FLOPS = {"silu": 4, "gelu": 8, "relu": 1, "identity": 0}  # per hidden number, estimated
+# per hidden number, estimated; the product with up is one
+GATE_FLOPS = {"silu": 5, "gelu": 9, "relu": 2, "identity": 1, "gpt_oss": 11}
 
 
 def default_d_ff(d_model: int) -> int:
@@ -25,12 +38,12 @@ def default_d_ff(d_model: int) -> int:
 
 
 def glu(gate_up: Tensor, activation: str, weights: Tensor | None = None) -> Tensor:
-    """activation(gate) * up (* weight), the body between the two matmuls.
+    """activation(gate) * up (* weight), or gpt-oss's: the body between the two matmuls.
 
     gate_up: [..., 2F], gate columns first; weights: [..., 1]. Returns [..., F] in gate_up's dtype.
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    h = GATES[activation](gate) * up
+    h = GATES[activation](gate, up)
     return h if weights is None else h * weights.to(h.dtype)
 
 
@@ -40,7 +53,7 @@ class SwiGLUConfig:
 
     d_model: int
     d_ff: int | None = None  # hidden width F; None: 8/3 d_model, up to a multiple of 32
-    activation: str = "silu"  # of the gate: silu (SwiGLU), gelu (GEGLU), relu (ReGLU), identity
+    activation: str = "silu"  # silu (SwiGLU), gelu (GEGLU), relu (ReGLU), identity or gpt_oss
 
     def __post_init__(self) -> None:
         check_positive(d_model=self.d_model, d_ff=self.hidden)
@@ -54,7 +67,7 @@ class SwiGLUConfig:
     def cost(self) -> Cost:
         """One token's cost."""
         n = self.d_model * self.hidden
-        element_wise = (GATE_FLOPS[self.activation] + 1) * self.hidden
+        element_wise = GATE_FLOPS[self.activation] * self.hidden
         return Cost(
             (
                 WeightCost(

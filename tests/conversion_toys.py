@@ -21,7 +21,7 @@ def one_expert(x, gate, up, down, activation="silu"):
     """Neuron by neuron, from the definition."""
     y = torch.zeros_like(x)
     for n in range(up.shape[0]):
-        h = GATES[activation]((gate[n] * x).sum()) * (up[n] * x).sum()
+        h = GATES[activation]((gate[n] * x).sum(), (up[n] * x).sum())
         y += h * down[:, n]
     return y
 

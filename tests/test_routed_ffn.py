@@ -56,7 +56,7 @@ def test_low_rank_blocks_follow_the_published_formula():
             part = slice(b * SIZE, (b + 1) * SIZE)
             gate = c[t, k] * weights.gate[part] @ x[t] + low.gate_right[part] @ low.gate_left @ x[t]
             up = c[t, k] * weights.up[part] @ x[t] + low.up_right[part] @ low.up_left @ x[t]
-            h = GATES["silu"](gate) * up
+            h = GATES["silu"](gate, up)
             expected += c[t, k] * weights.down[:, part] @ h
             expected += low.down_right @ low.down_left[:, part] @ h
         torch.testing.assert_close(y[t], expected, rtol=1e-10, atol=1e-11)

@@ -6,21 +6,32 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from layers.swiglu import SwiGLU, SwiGLUConfig
+from layers.swiglu import GATES, SwiGLU, SwiGLUConfig
 
 pytestmark = pytest.mark.parity
 
-FORMULA = {
-    "silu": lambda h: h / (1 + math.exp(-h)),
-    "gelu": lambda h: h * 0.5 * (1 + math.erf(h / math.sqrt(2))),
-    "relu": lambda h: max(h, 0.0),
-    "identity": lambda h: h,
+
+def gpt_oss(gate, up):
+    gate, up = min(gate, 7.0), max(min(up, 7.0), -7.0)
+    return (up + 1) * gate / (1 + math.exp(-1.702 * gate))
+
+
+FORMULA = {  # of gate and up
+    "silu": lambda g, u: u * g / (1 + math.exp(-g)),
+    "gelu": lambda g, u: u * g * 0.5 * (1 + math.erf(g / math.sqrt(2))),
+    "relu": lambda g, u: u * max(g, 0.0),
+    "identity": lambda g, u: u * g,
+    "gpt_oss": gpt_oss,
 }
+
+
+def test_every_gate_has_its_formula():
+    assert FORMULA.keys() == GATES.keys()
 
 
 def small(activation="silu"):
     ffn = SwiGLU(SwiGLUConfig(d_model=4, d_ff=6, activation=activation)).double()
-    torch.nn.init.normal_(ffn.gate_up.weight)
+    torch.nn.init.normal_(ffn.gate_up.weight, std=4.0)  # so that gpt-oss's bounds are met
     return ffn
 
 
@@ -32,9 +43,10 @@ def test_is_its_equation_with_gate_rows_first(activation):
     w_gate, w_up = ffn.gate_up.weight[:6], ffn.gate_up.weight[6:]
     for b in range(2):
         for s in range(3):
-            gate = [FORMULA[activation]((row @ x[b, s]).item()) for row in w_gate]
-            hidden = torch.tensor(gate, dtype=torch.float64) * (w_up @ x[b, s])
-            assert_close(y[b, s], ffn.down.weight @ hidden)
+            pairs = zip((w_gate @ x[b, s]).tolist(), (w_up @ x[b, s]).tolist(), strict=True)
+            hidden = [FORMULA[activation](gate, up) for gate, up in pairs]
+            assert_close(y[b, s], ffn.down.weight @ torch.tensor(hidden, dtype=torch.float64))
+    assert (ffn.gate_up(x).abs() > 7).any()
 
 
 @pytest.mark.parametrize("activation", FORMULA)

@@ -96,7 +96,7 @@ def _block(
     if low is not None:
         gate = gate + F.linear(F.linear(x, low.gate_left), low.gate_right[part])
         up = up + F.linear(F.linear(x, low.up_left), low.up_right[part])
-    h = GATES[activation](gate) * up
+    h = GATES[activation](gate, up)
     y = base(F.linear(h, dense.down[:, part]))
     if low is not None:
         y = y + F.linear(F.linear(h, low.down_left[:, part]), low.down_right)
