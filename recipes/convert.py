@@ -177,6 +177,7 @@ def _run_result(
         "cost": asdict(run_cost(whole_model_cost(recipe), tied=recipe.model.tie_embeddings)),
         "final": asdict(after.bpb.final()),
         "load": [asdict(layer) for layer in after.load.loads()],
+        "health": [asdict(layer) for layer in after.health.layers()],
         "losses": after.losses,
         "sharpness": after.sharpness.value(),
         "curve": [],

@@ -12,13 +12,17 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from recipes.data import TextData
-from recipes.metrics import Evaluation, evaluate, expert_names
-from recipes.report.records import LayerLoad, Point
+from recipes.metrics import Evaluation, evaluate
+from recipes.report.records import Point
+from recipes.router_rows import (
+    RouterRows,
+    Row,
+    assignments,
+    dropped_share,
+    router_figures,
+    router_keys,
+)
 from recipes.task import LanguageModelTask
-
-LOAD_KEYS = ("entropy", "largest_share", "dead", "zero_computation_share")
-
-Row = dict[str, float | None]
 
 
 class Diverged(Exception):
@@ -42,14 +46,16 @@ class Curve(Callback):
         self.begin: Row | None = None  # step 0, of a run that begins from given weights
         self.rows: list[Row] = []
         self.train_s = 0.0
+        self.routers = RouterRows()
         self._since: float | None = None  # when the clock was last started
         self._sums: dict[str, Tensor | float] = {}  # of the row in the making
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, which weights_only loads; the row in the making too."""
+        """Plain numbers and tensors, which weights_only loads; the row in the making too."""
         sums = {name: float(value) for name, value in self._sums.items()}
         rows = {"begin": self.begin, "rows": [dict(row) for row in self.rows]}
-        return rows | {"train_s": self.train_s, "sums": sums}
+        rest = {"train_s": self.train_s, "sums": sums, "routers": self.routers.state_dict()}
+        return rows | rest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
@@ -57,6 +63,7 @@ class Curve(Callback):
         self.rows = [dict(row) for row in state_dict["rows"]]
         self.train_s = state_dict["train_s"]
         self._sums = dict(state_dict["sums"])
+        self.routers.load_state_dict(state_dict.get("routers"))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log again what the run had logged."""
@@ -117,6 +124,7 @@ class Curve(Callback):
     def _add(self, outputs: dict[str, Any], batch: Any) -> None:
         added = {"nats": outputs["nats"], "bytes": batch.n_bytes.sum(), "batches": 1.0}
         added |= {f"loss/{name}": value for name, value in outputs["losses"].items()}
+        added |= assignments(outputs["stats"])
         for name, value in added.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
@@ -136,7 +144,7 @@ class Curve(Callback):
         }
         losses = {name: v / sums["batches"] for name, v in sums.items() if name.startswith("loss/")}
         self._sums = {}
-        return row | losses
+        return row | losses | dropped_share(sums)
 
     def _first_row(self, trainer: pl.Trainer, task: LanguageModelTask) -> Row:
         """Before any step: what an evaluation finds, and nothing of training."""
@@ -146,11 +154,10 @@ class Curve(Callback):
 
     def _eval_keys(self, task: LanguageModelTask) -> list[str]:
         domains = [f"eval_bpb/{domain}" for domain in self.data.domains]
-        loads = [f"load/{key}" for key in LOAD_KEYS] if expert_names(task.model) else []
-        return ["eval_bpb", *domains, "sharpness", *loads]
+        return ["eval_bpb", *domains, "sharpness", *router_keys(task.model)]
 
     def _evaluated(self, task: LanguageModelTask) -> Row:
-        """Bits per byte and sharpness on the thinned validation part; load averaged over layers."""
+        """Bits per byte, sharpness and figures of routers, on the thinned validation part."""
         eps = task.recipe.trainer.sharpness_eps
         found = evaluate(task.model, self.data.val_dataloader(), self.data.domains, eps)
         final = found.bpb.final()
@@ -158,7 +165,7 @@ class Curve(Callback):
         row["eval_bpb"] = final.bpb
         row |= {f"eval_bpb/{domain}": bpb for domain, bpb in final.bpb_by_domain.items()}
         row["sharpness"] = found.sharpness.value()
-        return row | mean_load(found.load.loads())
+        return row | self.routers.of(found)
 
     def _write(self, trainer: pl.Trainer, row: Row) -> None:
         step = int(row["step"] or 0)
@@ -171,9 +178,8 @@ class Curve(Callback):
 
     def points(self) -> tuple[Point, ...]:
         """The rows as result.json keeps them: a number that is none is left out."""
-        names = Point.__dataclass_fields__
         rows = self.rows if self.begin is None else [self.begin, *self.rows]
-        return tuple(Point(**{name: _known(row[name]) for name in names}) for row in rows)  # pyright: ignore
+        return tuple(_point(row) for row in rows)
 
     def losses(self) -> list[float]:
         """Training loss of each row, bits per byte; of each step where each has a row."""
@@ -195,14 +201,11 @@ def final_evaluation(task: LanguageModelTask, data: TextData) -> Evaluation:
     return evaluate(task.model, loader, data.domains, task.recipe.trainer.sharpness_eps)
 
 
+def _point(row: Row) -> Point:
+    names = Point.__dataclass_fields__.keys() - {"router"}
+    plain: dict[str, Any] = {name: _known(row[name]) for name in names}
+    return Point(**plain, router=router_figures(row))
+
+
 def _known(x: float | None) -> float | None:
     return x if x is not None and math.isfinite(x) else None
-
-
-def mean_load(load: Sequence[LayerLoad]) -> Row:
-    """The scalars of router load, averaged over the MoE layers."""
-    return {
-        f"load/{key}": sum(getattr(layer, key) for layer in load) / len(load)
-        for key in LOAD_KEYS
-        if load
-    }

@@ -5,7 +5,7 @@ They live outside the model: a cast of it must not reach them.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from layers.base import Routing
 from recipes.batches import Batch
-from recipes.report.records import Final, LayerLoad
+from recipes.choices import ChoiceLog
+from recipes.health import RouterHealth, routers_of, watched
+from recipes.report.layer_records import LayerLoad
+from recipes.report.records import Final
 from recipes.sharpness import EPS, Sharpness
 
 DEAD_BELOW = 0.1  # of the even share (comparison.md section 8)
@@ -129,21 +133,31 @@ def load_of(
 
 
 class Evaluation:
-    """One pass over evaluation batches: bits per byte, sharpness, router load, mean losses."""
+    """One pass over evaluation batches: bits per byte, sharpness, mean losses; load and health of
+    routers, and their choices."""
 
     def __init__(self, model: nn.Module, domains: Sequence[str], eps: float = EPS):
         """eps: reach of the sharpness."""
         self.bpb = BitsPerByte(domains)
         self.sharpness = Sharpness(eps)
-        self.load = ExpertLoad(domains, expert_names(model))
+        names = expert_names(model)
+        self.load = ExpertLoad(domains, names)
+        self.health = RouterHealth(routers_of(model), {k: len(of) for k, of in names.items()})
+        self.choices = ChoiceLog()
         self._losses: dict[str, float] = {}
         self._tokens = 0
 
-    def update(self, output: Any, batch: Batch) -> None:
-        """Add the model's output for one batch."""
+    def update(self, output: Any, batch: Batch, seen: Mapping[int, Routing] | None = None) -> None:
+        """Add the model's output for one batch.
+
+        seen: what routers returned, as `recipes.health.watched` gives it; without it there is
+        neither health nor choices.
+        """
         self.bpb.update(token_nats(output.logits, batch.targets), batch)
         self.sharpness.update(output.logits, batch)
         self.load.update(output.stats, batch.domain)
+        self.health.update(seen or {}, batch.mask)
+        self.choices.update(seen or {}, batch)
         n = batch.targets.numel() if batch.mask is None else int(batch.mask.sum())
         self._tokens += n
         for name, loss in output.losses.items():
@@ -166,10 +180,11 @@ def evaluate(
     training = model.training
     device = next(model.parameters()).device
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), watched(model) as seen:
         for batch in batches:
             batch = on_device(batch, device)
-            evaluation.update(model(batch.tokens, mask=batch.mask), batch)
+            seen.clear()
+            evaluation.update(model(batch.tokens, mask=batch.mask), batch, seen)
     model.train(training)
     return evaluation
 

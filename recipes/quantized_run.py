@@ -66,6 +66,7 @@ def _run_result(
         "cost": asdict(run_cost(cost, tied=made.recipe.model.tie_embeddings)),
         "final": asdict(after.bpb.final()),
         "load": [asdict(layer) for layer in after.load.loads()],
+        "health": [asdict(layer) for layer in after.health.layers()],
         "losses": after.losses,
         "curve": [],
         "sample": None,

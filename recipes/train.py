@@ -225,6 +225,7 @@ def _outcome(task: LanguageModelTask, data: TextData, curve: Curve) -> dict[str,
         found |= {
             "final": final,
             "load": evaluation.load.loads(),
+            "health": evaluation.health.layers(),
             "losses": evaluation.losses,
             "sample": Sample(prompt=SAMPLE_PROMPT, text=sample(task, data)),
             "sharpness": evaluation.sharpness.value(),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layers.names import check_choice
+from recipes.report.layer_records import LayerHealth, LayerLoad
 from recipes.report.probe_records import ProbedStep
 from recipes.report.strict import Measured, read_as
 
@@ -63,29 +64,7 @@ class Point:
     train_bpb: float | None = None
     eval_bpb: float | None = None  # at steps with an evaluation
     sharpness: float | None = None  # of the logits, in percent; recipes.sharpness
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerLoad:
-    """How one MoE layer spread the held-out tokens over its E experts; FFN experts come first."""
-
-    layer: int
-    experts: tuple[str, ...]  # [E] labels
-    n_ffn_experts: int
-    counts: tuple[float, ...]  # [E] assignments
-    counts_by_domain: dict[str, tuple[float, ...]] = field(default_factory=dict)  # each [E]
-    entropy: float  # H / ln(n_ffn_experts) over the FFN experts; 1 when even
-    largest_share: float
-    dead: int
-    zero_computation_share: float = 0.0  # of the assignments
-
-    def __post_init__(self) -> None:
-        n = len(self.experts)
-        for what, counts in {"counts": self.counts, **self.counts_by_domain}.items():
-            if len(counts) != n:
-                raise ValueError(f"{what} has {len(counts)} numbers for {n} experts")
-        if not 0 <= self.n_ffn_experts <= n:
-            raise ValueError(f"n_ffn_experts must be in [0, {n}], got {self.n_ffn_experts}")
+    router: dict[str, float] = field(default_factory=dict)  # as logged; recipes.router_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +98,7 @@ class Run:
     machine: dict[str, Any] = field(default_factory=dict)
     curve: tuple[Point, ...] = ()
     load: tuple[LayerLoad, ...] = ()  # one per MoE layer
+    health: tuple[LayerHealth, ...] = ()  # one per MoE layer whose router was seen
     losses: dict[str, float] = field(default_factory=dict)  # unweighted, e.g. "balance"
     sample: Sample | None = None
     sharpness: float | None = None  # as of a Point
