@@ -19,7 +19,9 @@ from zoo.catalogue import ROUTERS
 ROWS = {entry.name: entry for entry in ROUTERS}
 D, T = 16, 48
 NOISY = {"noisy_top_k", "vmoe", "gshard"}
-SOFTMAX = {"top_k", "noisy_top_k", "gshard", "vmoe", "deepseek_v2", "longcat", "pathway"}
+SOFTMAX = {
+    "top_k", "noisy_top_k", "gshard", "vmoe", "deepseek_v2", "longcat", "pathway", "factor_llm",
+}  # fmt: skip
 CONTROLS = {"sign_hash", "random"}
 BIASED = ["deepseek_v3", "longcat"]
 
@@ -91,9 +93,9 @@ def test_inv02_permuted_experts_with_rows_and_bias_are_chosen_as_before(name):
     n = router.weight.shape[0]
     before, order = dense(route(router, x)), torch.randperm(n)
     with torch.no_grad():
-        router.weight.copy_(router.weight[order])
-        if getattr(router, "bias", None) is not None:
-            router.bias.copy_(router.bias[order])
+        for each in ("weight", "bias", "logit_bias"):
+            if (part := getattr(router, each, None)) is not None:
+                part.copy_(part[order])
     after = dense(route(router, x))
     assert_close(after[0], before[0][:, order])
     assert torch.equal(after[1], before[1][:, order])
@@ -253,7 +255,8 @@ def test_inv15_one_renormalised_choice_is_refused(name):
 def test_of_equal_logits_the_lower_index(name, n_tokens):
     router = make(name).eval()
     with torch.no_grad():
-        router.weight.zero_()
+        for part in router.parameters():
+            part.zero_()
     if name in BIASED:
         router.bias.zero_()
     k = route(router, tokens(2)).experts.shape[1]

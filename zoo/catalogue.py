@@ -3,10 +3,12 @@
 from layers.mlp import MLP, MLPConfig
 from layers.moe import MoE, MoEConfig
 from layers.moe_plus_plus import PRESETS, MoEPlusPlus, MoEPlusPlusConfig
+from layers.spt_ffn import SPTFFN, SPTFFNConfig
 from layers.swiglu import SwiGLU, SwiGLUConfig
 from routers import deepseek_v2, deepseek_v3, longcat, top_k
 from routers.deepseek_v2 import DeepSeekV2Router, DeepSeekV2RouterConfig
 from routers.deepseek_v3 import DeepSeekV3Router, DeepSeekV3RouterConfig
+from routers.factor_llm import FactorLLMRouter, FactorLLMRouterConfig
 from routers.gshard import GShardRouter, GShardRouterConfig
 from routers.llama4 import Llama4Router, Llama4RouterConfig
 from routers.longcat import LongCatRouter, LongCatRouterConfig
@@ -15,6 +17,7 @@ from routers.pathway import PathwayRouter, PathwayRouterConfig
 from routers.random import RandomRouter, RandomRouterConfig
 from routers.remoe import ReMoERouter, ReMoERouterConfig
 from routers.sign_hash import SignHashRouter, SignHashRouterConfig
+from routers.spt import SPTRouter, SPTRouterConfig
 from routers.top_k import TopKRouter, TopKRouterConfig
 from routers.vmoe import VMoERouter, VMoERouterConfig
 from zoo.entry import Entry
@@ -51,6 +54,12 @@ FFNS = (
         paper="arXiv:2410.07348", aliases=("moe++",),
         tiny={"d_model": 32, "d_expert": 32, "n_experts": 4, "top_k": 2},
         presets=PRESETS,
+    ),
+    Entry(
+        name="spt_ffn", module=SPTFFN, config=SPTFFNConfig, width="d_ff", router="spt",
+        summary="dense FFN of which a token runs some blocks, low-rank factors as an option",
+        paper="arXiv:2312.10365",
+        tiny={"d_model": 32, "d_ff": 128, "n_experts": 4, "top_k": 2},
     ),
 )
 
@@ -129,6 +138,18 @@ ROUTERS = (
         name="pathway", kind="router", module=PathwayRouter, config=PathwayRouterConfig,
         summary="MoE++'s router: logits add up over layers, balance by kind of expert",
         paper="arXiv:2410.07348",
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="factor_llm", kind="router", module=FactorLLMRouter, config=FactorLLMRouterConfig,
+        summary="hard choice of K of N groups of neurons, each N / K times; straight through",
+        paper="arXiv:2408.11855",
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="spt", kind="router", module=SPTRouter, config=SPTRouterConfig,
+        summary="the k largest sigmoids, weight 2 p: 1 where the router is even",
+        paper="arXiv:2312.10365",
         tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
     ),
 )

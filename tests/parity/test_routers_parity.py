@@ -122,6 +122,18 @@ def longcat(c, router, z, t, x):
     return {e: p[e] * c.scale for e in best(choice, c.top_k)}
 
 
+def spt(c, router, z, t, x):
+    z = [v + b for v, b in zip(z, router.logit_bias, strict=True)]
+    return {e: 2 * sigmoid(z[e]) for e in best(z, c.top_k)}
+
+
+def factor_llm(c, router, z, t, x):
+    """N / K of value, N / K times the gradient of the probability."""
+    z = [v + b for v, b in zip(z, router.logit_bias, strict=True)]
+    p = softmax(z)
+    return {e: E / c.top_k * (1 + p[e] - p[e].detach()) for e in best(z, c.top_k)}
+
+
 INPUT = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 CASES = [
     (top_k, {}), (top_k, {"top_k": 3, "renormalize": False}), (top_k, {"logit_bias": True}),
@@ -130,6 +142,8 @@ CASES = [
     (deepseek_v3, {}), (deepseek_v3, {"n_groups": 4, "top_groups": 2, "top_k": 4, "scale": 2.5}),
     (deepseek_v3, {"renormalize": False, "n_groups": 2}), (llama4, {"top_k": 1}), (llama4, {}),
     (remoe, {}), (longcat, {"scale": 6.0}), (longcat, {"n_copy": 3}),
+    (spt, {}), (spt, {"top_k": 5}), (factor_llm, {}), (factor_llm, {"top_k": 1}),
+    (factor_llm, {"top_k": 3}),
 ]  # fmt: skip
 
 
