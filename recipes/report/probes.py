@@ -27,18 +27,18 @@ def probes(study: Study) -> Markup | None:
     }
     return join(
         note,
-        _explorer(heat_maps(groups), "probes-heat", "Signal to noise by leaf and operand"),
+        explorer(heat_maps(groups), "probes-heat", "Signal to noise by leaf and operand"),
         el("h3", "Over the steps"),
         lead(words["lines"]),
         _legend(),
-        _explorer(lines(groups), "probes-lines", "Error of the operands over the steps"),
+        explorer(lines(groups), "probes-lines", "Error of the operands over the steps"),
         el("h3", "Scales"),
         lead(words["scales"]),
-        _explorer(scales(groups), "probes-scales", "Exponents of the block scales"),
+        explorer(scales(groups), "probes-scales", "Exponents of the block scales"),
     )
 
 
-def _explorer(figure: Figure, key: str, label: str) -> Markup:
+def explorer(figure: Figure, key: str, label: str) -> Markup:
     """A figure of several views, and a menu for each thing that they differ in."""
     menus = [menu for of in figure["selects"] if (menu := _menu(figure, key, of))]
     bar = el("div", *menus, class_="controls") if menus else None
