@@ -28,6 +28,7 @@ class Routing(NamedTuple):
     logits: Tensor  # [T, E] float32, before any normalisation; what `carry` hands on
     losses: dict[str, Tensor]  # as in FFNOutput
     keep: Tensor | None = None  # [T, K] bool, the choices that hold; None: all. Weight 0 elsewhere
+    stats: dict[str, Tensor] | None = None  # what the router counts, for those of FFNOutput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from layers.dispatch import count_experts
+from layers.replay import decided
 
 
 def within_capacity(
@@ -36,4 +37,4 @@ def within_capacity(
     by_expert = flat[order]
     rank = torch.arange(flat.shape[0], device=flat.device) - (counts.cumsum(0) - counts)[by_expert]
     kept = torch.empty_like(flat, dtype=torch.bool).scatter_(0, order, rank < capacity[by_expert])
-    return kept.view_as(experts)
+    return decided(kept.view_as(experts))

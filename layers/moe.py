@@ -160,7 +160,7 @@ class MoE(nn.Module):
         return FFNOutput(
             y=y.type_as(x),
             losses=routing.losses,
-            stats=None if is_decoding(tokens) else self._stats(routing.experts, keep),
+            stats=None if is_decoding(tokens) else self._stats(routing, keep),
             carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
@@ -173,7 +173,8 @@ class MoE(nn.Module):
         gate = self.shared_gate(x)  # [B, S, 1]
         return y * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().type_as(y)
 
-    def _stats(self, experts: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
-        counts = count_experts(experts, self.config.n_experts, keep)
+    def _stats(self, routing: Routing, keep: Tensor | None) -> dict[str, Tensor]:
+        counts = count_experts(routing.experts, self.config.n_experts, keep)
         none = counts.new_zeros(())
-        return {"counts": counts, "dropped": none, "zero_computation": none}
+        stats = {"counts": counts, "dropped": none, "zero_computation": none}
+        return stats | (routing.stats or {})

@@ -1,4 +1,4 @@
-"""Router state that moves between steps: selection biases, ReMoE's lambda, running counts."""
+"""Router state that moves between steps: biases, lambdas, thresholds, running counts."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from recipes.schema import Recipe
 from routers.balance import BalanceLoss, over_ranks
+from routers.expert_choice import ExpertChoiceRouter
 from routers.remoe import ReMoERouter
 from routers.state import Steered
 
@@ -20,7 +21,7 @@ def controller_callbacks(recipe: Recipe) -> list[Callback]:
     """
     choices = [c for c in recipe.model.layers() if c.router_entry is not None]
     moves = any(
-        issubclass(c.router_entry.module, (Steered, ReMoERouter))  # pyright: ignore
+        issubclass(c.router_entry.module, (Steered, ReMoERouter, ExpertChoiceRouter))  # pyright: ignore
         or getattr(c.router_config, "balance_scope", "") == "global_batch"
         for c in choices
     )
@@ -36,6 +37,7 @@ class RouterController(Callback):
     - A steered router (`routers.state`: a selection bias, MoE++'s tau) moves by `update`, up to
       `bias_until` of the run.
     - ReMoE's lambda moves by `update`, all layers alike, by their mean sparsity.
+    - Thresholds of expert choice move by `update`, by the mean of the step's cuts.
     - A balance loss over the global batch gets the counts of the step's earlier micro-batches.
 
     All that lasts is in buffers, which a checkpoint after a whole step holds: nothing to restore.
@@ -46,7 +48,7 @@ class RouterController(Callback):
         self.max_steps = max_steps
         self._routers: dict[int, nn.Module] = {}  # by layer, those whose state moves
         self._running: dict[int, Tensor] = {}  # by layer, `seen` of a balance loss
-        self._sums: dict[int, Tensor] = {}  # by layer, assignments [E] of the step so far
+        self._sums: dict[int, Tensor] = {}  # by layer, what moves it, of the step so far
         self._tokens: Tensor | int = 0  # of the step so far
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,7 +58,8 @@ class RouterController(Callback):
         self._routers = {
             i: r
             for i, r in found.items()
-            if isinstance(r, ReMoERouter) or (isinstance(r, Steered) and r.moves)
+            if isinstance(r, (ReMoERouter, ExpertChoiceRouter))
+            or (isinstance(r, Steered) and r.moves)
         }
         losses = {i: getattr(router, "balance", None) for i, router in found.items()}
         self._running = {
@@ -80,8 +83,12 @@ class RouterController(Callback):
     ) -> None:  # fmt: skip
         """Add a micro-batch; move the state where it was a step's last."""
         counts = {i: stats["counts"] for i, stats in enumerate(outputs["stats"]) if stats}
-        for i in self._routers:
-            self._sums[i] = self._sums[i] + counts[i] if i in self._sums else counts[i]
+        for i, router in self._routers.items():
+            moved_by = counts[i]
+            if isinstance(router, ExpertChoiceRouter):  # [E + 1], wide enough to add counts to
+                stats = outputs["stats"][i]
+                moved_by = torch.cat([stats["cuts"], stats["pools"].view(1)]).double()
+            self._sums[i] = self._sums[i] + moved_by if i in self._sums else moved_by
         self._tokens += batch.tokens.numel() if batch.mask is None else batch.mask.sum()
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             for i, seen in self._running.items():
@@ -102,6 +109,8 @@ class RouterController(Callback):
                 router.update(counts, progress=progress)
             elif isinstance(router, ReMoERouter):
                 gates.append((router, counts))
+            elif isinstance(router, ExpertChoiceRouter) and counts[-1] > 0:  # any real token
+                router.update(counts[:-1] / counts[-1])
         if gates:
             sparsity = [1 - c.sum() / (len(c) * tokens.clamp_min(1)) for _, c in gates]
             mean = torch.cat(sparsity).mean().item()

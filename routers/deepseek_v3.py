@@ -10,7 +10,15 @@ from layers.dispatch import is_decoding
 from layers.names import check_positive
 from routers.balance import BalanceLoss, check_scope, square_loss
 from routers.groups import check_groups, sum_of_two, within_groups
-from routers.scores import check_learns, check_sizes, draw_normal, matrix_cost, scores, top_indices
+from routers.scores import (
+    check_learns,
+    check_sizes,
+    draw_normal,
+    largest,
+    matrix_cost,
+    scores,
+    top_indices,
+)
 from routers.state import BiasControl, SelectionBias
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -86,7 +94,7 @@ class DeepSeekV3Router(SelectionBias):
         weights = weights * c.scale
         if is_decoding(x):
             return Routing(experts, weights, logits, {})
-        unbiased = top_indices(s, c.top_k)
+        unbiased = largest(s, c.top_k)  # counted alone: no token goes there
         balance = self.balance(_normalised(s), unbiased, mask, n_sequences)
         losses = {"balance": balance, "z": square_loss(logits, mask)}
         return Routing(experts, weights, logits, losses)

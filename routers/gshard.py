@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from layers.base import Cost, Routing
 from layers.dispatch import is_decoding
 from layers.names import check_choice
+from layers.replay import decided
 from routers.balance import balance_loss, z_loss
 from routers.scores import check_sizes, draw_normal, matrix_cost, scores, top_indices
 
@@ -62,7 +63,7 @@ class GShardRouter(nn.Module):
         if self.training and self.config.second == "random":
             second = weights[:, 1].detach()
             keep = 2 * second > torch.rand_like(second)
-            keep = torch.stack([torch.ones_like(keep), keep], dim=-1)
+            keep = decided(torch.stack([torch.ones_like(keep), keep], dim=-1))
             weights = weights.masked_fill(~keep, 0)
         if is_decoding(x):
             return Routing(experts, weights, logits, {}, keep)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from layers.base import Cost, Routing
 from layers.dispatch import is_decoding
 from layers.names import check_positive
+from layers.replay import decided
 from routers.balance import load_weighted_l1
 from routers.scores import check_sizes, draw_normal, matrix_cost, scores
 from routers.state import Float32State
@@ -64,7 +65,8 @@ class ReMoERouter(Float32State):
         logits = scores(x, self.weight)  # [T, E]
         gates = logits.relu()
         experts = torch.arange(c.n_experts, device=x.device).expand(x.shape[0], -1)
-        keep = gates.detach() > 0
+        keep = decided(gates.detach() > 0)
+        gates = gates.masked_fill(~keep, 0)  # moves nothing but a replayed choice
         if is_decoding(x):
             return Routing(experts, gates, logits, {}, keep)
         l1 = self.strength * load_weighted_l1(gates, c.top_k, mask)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layers.base import WeightCost
 from layers.names import check_positive
+from layers.replay import decided
 
 INIT_STD = 0.02  # never zeros: equal logits would route every token alike
 SMALL = 4096  # scores up to which one sort beats K passes
@@ -28,6 +29,11 @@ def scores(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
+    """A router's choice: `largest` of scores [T, E], recorded or replayed (`layers.replay`)."""
+    return decided(largest(scores, k), scores.shape[-1])
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row, best first; of equals, the lower index first.
 
     `torch.topk` promises no order among equals, and equal logits are common (moe.md 2).

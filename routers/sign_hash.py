@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.base import Cost, Routing, WeightCost
+from layers.replay import decided
 from routers.scores import check_sizes, scores
 
 BITS = 10  # of a code
@@ -69,6 +70,6 @@ class SignHashRouter(nn.Module):
         c = self.config
         side = scores(x.detach(), self.planes) > 0  # [T, 10]
         code = (side.long() << torch.arange(BITS, device=x.device)).sum(-1)
-        experts = self.table[code]  # [T, K]
+        experts = decided(self.table[code], c.n_experts)  # [T, K]
         logits = x.new_zeros(x.shape[0], c.n_experts, dtype=self.planes.dtype)
         return Routing(experts, torch.full_like(logits[:, : c.top_k], 1 / c.top_k), logits, {})

@@ -21,6 +21,7 @@ def model_of(entry):
     options = {k: v for k, v in entry.tiny.items() if k != "d_model"}
     ffn = {"name": entry.name, **options}
     config = {"d_model": entry.tiny["d_model"], "n_layers": N_LAYERS, "n_heads": 2, "ffn": ffn}
+    config["allow_noncausal"] = True
     with torch.device("meta"):
         return zoo.build({"model": config})
 

@@ -171,7 +171,7 @@ def test_cost_is_what_is_built_and_what_is_run(entry):
     if "assignments" in inspect.signature(choice.config.cost).parameters:
         kept = out.stats["counts"].sum() - out.stats["zero_computation"]
         measured["assignments"] = kept.item() / (B * S)
-    cost = choice.cost(**measured)
+    cost = choice.cost(S, **measured)
     built = {name: p.numel() for name, p in ffn.named_parameters()}
     assert {item.name: item.params for item in cost} == built
     assert cost.flops == counter.get_total_flops() / (B * S)

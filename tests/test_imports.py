@@ -25,6 +25,7 @@ PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
         "names",
         "native",
         "products",
+        "replay",
         "selection",
     },
     "routers": {"balance", "conventions", "groups", "importance", "scores", "state"},

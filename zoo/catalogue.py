@@ -3,11 +3,13 @@
 from layers.mlp import MLP, MLPConfig
 from layers.moe import MoE, MoEConfig
 from layers.moe_plus_plus import PRESETS, MoEPlusPlus, MoEPlusPlusConfig
+from layers.soft_moe import SoftMoE, SoftMoEConfig
 from layers.spt_ffn import SPTFFN, SPTFFNConfig
 from layers.swiglu import SwiGLU, SwiGLUConfig
 from routers import deepseek_v2, deepseek_v3, longcat, top_k
 from routers.deepseek_v2 import DeepSeekV2Router, DeepSeekV2RouterConfig
 from routers.deepseek_v3 import DeepSeekV3Router, DeepSeekV3RouterConfig
+from routers.expert_choice import ExpertChoiceRouter, ExpertChoiceRouterConfig
 from routers.factor_llm import FactorLLMRouter, FactorLLMRouterConfig
 from routers.gshard import GShardRouter, GShardRouterConfig
 from routers.llama4 import Llama4Router, Llama4RouterConfig
@@ -54,6 +56,19 @@ FFNS = (
         paper="arXiv:2410.07348", aliases=("moe++",),
         tiny={"d_model": 32, "d_expert": 32, "n_experts": 4, "top_k": 2},
         presets=PRESETS,
+    ),
+    Entry(
+        name="expert_choice", module=MoE, config=MoEConfig, width="d_expert",
+        router="expert_choice",
+        summary="experts take tokens, each as many; evaluation decides by thresholds, causally",
+        paper="arXiv:2202.09368",
+        tiny={"d_model": 32, "d_expert": 32, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="soft_moe", module=SoftMoE, config=SoftMoEConfig, width="d_expert", tokenwise=False,
+        summary="experts run on mixtures of a sequence's tokens, in evaluation of earlier ones",
+        paper="arXiv:2308.00951",
+        tiny={"d_model": 32, "d_expert": 32, "n_experts": 4, "slots_per_expert": 2},
     ),
     Entry(
         name="spt_ffn", module=SPTFFN, config=SPTFFNConfig, width="d_ff", router="spt",
@@ -113,6 +128,13 @@ ROUTERS = (
         name="remoe", kind="router", module=ReMoERouter, config=ReMoERouterConfig,
         summary="ReLU as choice and weight, as many experts as are above zero",
         paper="arXiv:2412.14711",
+        tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="expert_choice", kind="router", module=ExpertChoiceRouter,
+        config=ExpertChoiceRouterConfig,
+        summary="each expert takes the tokens that want it most; thresholds in evaluation",
+        paper="arXiv:2202.09368",
         tiny={"d_model": 16, "n_experts": 4, "top_k": 2},
     ),
     Entry(

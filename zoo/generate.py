@@ -22,6 +22,8 @@ def generate(
 ) -> Tensor:
     """Continue each row of a batch, with a key-value cache.
 
+    A model with an FFN that reads other tokens (Soft MoE) is run on all tokens for each new one.
+
     Args:
         model: used in evaluation mode, and put back into its own afterwards.
         tokens: [B, S] int64, S >= 1.
@@ -52,11 +54,11 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        cache, new = model.new_cache(room), tokens
+        cache = model.new_cache(room) if model.tokenwise else None
+        given = tokens
         done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
-            logits = model(new, mask=mask, cache=cache).logits[:, -1].float()  # [B, V]
-            mask = None
+            logits = model(given, mask=mask, cache=cache).logits[:, -1].float()  # [B, V]
             new = _pick(logits, temperature, top_k, top_p, generator)  # [B, 1]
             if eos is not None:
                 new = new.masked_fill(done, eos)
@@ -64,6 +66,11 @@ def generate(
             tokens = torch.cat((tokens, new), dim=1)
             if done.all():
                 break
+            given = tokens if cache is None else new
+            if cache is not None:
+                mask = None  # it keeps that of the prompt
+            elif mask is not None:
+                mask = torch.cat((mask, torch.ones_like(new, dtype=torch.bool)), dim=1)
     finally:
         model.train(was_training)
     return tokens

@@ -1,7 +1,7 @@
 """A decoder-only language model whose FFNs come from the catalogue, layer by layer."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from layers.base import Cost, WeightCost, total
 from layers.linear import Linear
 from layers.names import check_positive
+from layers.replay import checkpoint_contexts
 from zoo.attention import Attention, rope_tables
 from zoo.block import Block, BlockOutput, Branch, Context
 from zoo.cache import KVCache
@@ -46,7 +47,9 @@ class LanguageModel(nn.Module, Pretrained):
         c = self.config = config
         self.activation_checkpointing = False  # recompute each block in the backward pass
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList(_block(c, choice) for choice in c.layers())
+        choices = c.layers()
+        self.tokenwise = all(choice.tokenwise for choice in choices)  # in evaluation; see Choice
+        self.blocks = nn.ModuleList(_block(c, choice) for choice in choices)
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = Linear(c.d_model, c.vocab_size, role="head")
         self.reset_parameters()
@@ -87,7 +90,7 @@ class LanguageModel(nn.Module, Pretrained):
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                out = checkpoint(block, x, carry, context, use_reentrant=False)
+                out = _recomputed(block, x, carry, context)
             else:
                 out = block(x, carry, context, layer_cache)
             assert isinstance(out, BlockOutput)
@@ -130,11 +133,24 @@ class LanguageModel(nn.Module, Pretrained):
             held, room = cache.length, min(room, cache.max_tokens)
             if torch.is_grad_enabled():
                 raise ValueError("a cache is for decoding: call the model under torch.no_grad()")
+            if not self.tokenwise:
+                raise ValueError(
+                    "a cache holds keys and values alone, and an FFN of this model reads other "
+                    "tokens too: give it all tokens at once, without a cache"
+                )
         if held + tokens.shape[1] > room:
             raise ValueError(
                 f"{held + tokens.shape[1]} tokens are more than the {room} that "
                 f"max_seq_len={self.config.max_seq_len} and the cache allow"
             )
+
+
+def _recomputed(block: nn.Module, *inputs: Any) -> BlockOutput:
+    """A block whose activations are made anew in the backward pass, its routing as it was."""
+    if torch.compiler.is_compiling():
+        return cast(BlockOutput, checkpoint(block, *inputs, use_reentrant=False))
+    out = checkpoint(block, *inputs, use_reentrant=False, context_fn=checkpoint_contexts)
+    return cast(BlockOutput, out)
 
 
 def _block(config: ModelConfig, choice: Choice) -> Block:
@@ -209,7 +225,7 @@ def model_cost(config: ModelConfig, seq_len: int, *, causal: bool = True) -> Cos
         block = f"blocks.{i}."
         parts.append(c.attention.cost(seq_len, causal=causal).within(f"{block}attention.", layer=i))
         parts.append(norm.within(f"{block}attention_", layer=i))
-        parts.append(choice.cost().within(f"{block}ffn.", layer=i))
+        parts.append(choice.cost(seq_len).within(f"{block}ffn.", layer=i))
         if not choice.entry.own_norm:
             parts.append(norm.within(f"{block}ffn_", layer=i))
     head = WeightCost(

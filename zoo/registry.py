@@ -36,19 +36,32 @@ class Choice:
         """Whether no token's output, in training too, depends on later tokens."""
         return all(getattr(c, "causal", True) for c in (self.config, self.router_config))
 
+    @property
+    def tokenwise(self) -> bool:
+        """Whether a token's output in evaluation hangs on no other token, so that a cache serves.
+
+        By the row; a config as settled may say otherwise.
+        """
+        configs = (self.config, self.router_config)
+        return self.entry.tokenwise and all(getattr(c, "tokenwise", True) for c in configs)
+
     def build(self) -> nn.Module:
         """A new module with freshly drawn weights."""
         if self.router_entry is None:
             return self.entry.module(self.config)
         return self.entry.module(self.config, self.router_entry.module(self.router_config))
 
-    def cost(self, **measured: float) -> Cost:
+    def cost(self, seq_len: int | None = None, **measured: float) -> Cost:
         """Cost of the layer with its router, storage at 16 bits; see `Cost`.
 
         Args:
+            seq_len: tokens of a sequence, for a variant whose cost per token hangs on it (its
+                config says `costs_by_sequence`); None: that variant's default.
             measured: what a run measured in place of the designed value, where the variant's
                 config takes it (`assignments`: FFN assignments per token).
         """
+        if seq_len is not None and getattr(self.config, "costs_by_sequence", False):
+            measured["seq_len"] = seq_len
         cost = self.config.cost(**measured)
         if self.router_config is not None:
             cost = cost + self.router_config.cost().within("router.")
