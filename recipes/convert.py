@@ -1,11 +1,11 @@
-"""Convert a finished dense run into a mixture of experts, and say what that cost before training.
+"""Convert the dense layers of a finished run, and say what that cost before training.
 
 convert.json         what it came from, options, each layer's receipt, bits per byte, parameters
-recipe.yaml          the run's, with the converted layers and weights of a router's losses; its
+recipe.yaml          the run's, with the converted layers and weights of the new losses; its
                      `init_from` is this directory, so that training it goes on from here
-weights.safetensors  of the mixture
-result.json          the run's, with the mixture's figures and no curve, so that a report lays both
-                     side by side; steps, tokens and speed are those of the dense training
+weights.safetensors  of the converted model
+result.json          the run's, with the new model's figures and no curve, so that a report lays
+                     both side by side; steps, tokens and speed are those of the dense training
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,6 @@ from zoo.conversion import Conversion, convert, teach_routers
 from zoo.conversion.methods import method_of
 from zoo.pretrained import write_weights
 
-LOSS_WEIGHTS = {"balance": 0.01, "z": 0.001}  # as recipes/moe.yaml; a recipe's own win
 CHANGED = {"quantize.json": "quantised", "pack.json": "packed"}
 
 
@@ -52,11 +51,14 @@ def convert_run(
     teach_steps: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Turn the dense layers of a finished run into mixtures, in a directory of its own.
+    """Turn the dense layers of a finished run into others, in a directory of its own.
+
+    `zoo train OUT/recipe.yaml` goes on from its weights; of factor_llm with the dense run as the
+    teacher of its routers (`recipes.prior`), unless told prior_teacher=null.
 
     Args:
         run: a finished run's directory, its chosen layers `swiglu`.
-        to: a row of `zoo.conversion.METHODS`: upcycle | granular | drop | factor_llm.
+        to: a row of `zoo.conversion.METHODS`: upcycle | granular | drop | factor_llm | spt.
         out: a directory that is not there yet; None: beside the run, named after the conversion.
         teach_steps: batches of the run's training data on which the dense model teaches the routers
             of factor_llm, before bits per byte are measured; receipts are of before.
@@ -71,7 +73,7 @@ def convert_run(
             option, a layer that is not dense, a directory in the way.
     """
     run, row = Path(run).resolve(), method_of(to)
-    chosen = load.merge(row.options, {}, options, what=f"{to} option")
+    chosen = load.merge(row, {}, options, what=f"{to} option")
     load.merge(_Teaching, {}, {"teach_steps": teach_steps}, what="convert")
     if teach_steps and to != "factor_llm":
         raise ValueError(f"teach_steps is of factor_llm, which has labels for routers, not of {to}")
@@ -81,7 +83,9 @@ def convert_run(
         raise ValueError(f"{out} is already there: give another out=, or delete it")
     dense = read_model(run)
     made = convert(dense.model, to, seed=dense.recipe.seed, **vars(chosen))
-    recipe = _recipe(dense.recipe, made, out)
+    weights = chosen.loss_weights(len(made.receipts))
+    teacher = str(run) if "prior" in weights else None
+    recipe = _recipe(dense.recipe, made, weights, out, teacher)
     load.check(recipe)
     with settings(recipe.trainer), record.filling(out) as part:
         data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
@@ -131,13 +135,18 @@ def _check_run(run: Path) -> None:
             raise ValueError(f"{run} is {word}: convert the run that it came from")
 
 
-def _recipe(recipe: Recipe, made: Conversion, out: Path) -> Recipe:
+def _recipe(
+    recipe: Recipe, made: Conversion, weights: dict[str, float], out: Path, teacher: str | None
+) -> Recipe:
     """The run's recipe with the converted model, to train on from its weights.
 
-    A router's losses need weights for that.
+    weights: of the new losses; those of the run win. teacher: the dense run, where it goes on
+    teaching.
     """
-    weights = LOSS_WEIGHTS | recipe.loss_weights
-    return replace(recipe, model=made.model.config, loss_weights=weights, init_from=str(out))
+    return replace(
+        recipe, model=made.model.config, loss_weights=weights | recipe.loss_weights,
+        init_from=str(out), prior_teacher=teacher,
+    )  # fmt: skip
 
 
 def _taught(

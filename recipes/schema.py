@@ -83,4 +83,5 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    prior_teacher: str | None = None  # a dense run whose FFNs teach factor_llm's routers
     probes: ProbesConfig | None = None  # off

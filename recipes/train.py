@@ -20,6 +20,7 @@ from recipes.data import TextData
 from recipes.initial import begin_from, check_begun, init_sha256
 from recipes.names import ffn_label, precision_label
 from recipes.precision_callbacks import precision_callbacks
+from recipes.prior import prior_callbacks
 from recipes.probes import probe_callbacks, recorded
 from recipes.report.records import SCHEMA, Final, Run, Sample, Speed
 from recipes.runtime import interruptible, settings
@@ -111,6 +112,7 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
         SeedEachBatch(recipe.seed),
         *precision_callbacks(recipe),
         *controller_callbacks(recipe),
+        *prior_callbacks(recipe),
         *probes,
         curve,
         Progress(run_id, curve),

@@ -67,7 +67,7 @@ def test_scales_kept_from_training_are_refused():
 
 def test_routers_are_taught_at_the_dense_models_inputs():
     teacher, tokens = tiny_model().train(), torch.randint(40, (4, 16))
-    student = convert(teacher, "factor_llm", layers="1:", router_std=0.02).model
+    student = convert(teacher, "factor_llm", layers="1:").model
     before = {name: w.clone() for name, w in student.state_dict().items()}
     read = []
     for layer in (1, 2):

@@ -10,6 +10,7 @@ from conversion_toys import ROWS, WIDTH, D, dense, generator, one_expert
 from recipe_toys import refused
 
 import zoo
+from routers.factor_llm import straight_through
 from zoo.conversion import (
     GROUPINGS,
     balanced_kmeans,
@@ -20,7 +21,6 @@ from zoo.conversion import (
     pa_labels,
     pa_loss,
     split_neurons,
-    straight_through,
 )
 
 
@@ -45,14 +45,10 @@ def test_the_experts_of_a_split_add_up_to_the_dense_ffn(split, n_experts):
 
 
 @pytest.mark.parametrize("split", GROUPINGS)
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_factor_llm_with_all_experts_is_the_dense_ffn(split, renormalize):
-    """Scale N / K = 1; even weights."""
+def test_factor_llm_with_all_experts_is_the_dense_ffn(split):
+    """Whatever its router says."""
     ffn = dense()
-    moe = convert_ffn(
-        ffn, "factor_llm", n_experts=4, top_k=4, split=split, renormalize=renormalize,
-        router_std=1e-12,
-    )  # fmt: skip
+    moe = convert_ffn(ffn, "factor_llm", n_experts=4, top_k=4, split=split, router_std=1.0)
     for rows in ROWS:
         x = torch.randn(1, rows, D, dtype=torch.float64)
         torch.testing.assert_close(moe(x).y, ffn(x).y, rtol=1e-9, atol=1e-10)
@@ -61,7 +57,7 @@ def test_factor_llm_with_all_experts_is_the_dense_ffn(split, renormalize):
 def test_factor_llm_counts_k_of_n_experts_n_over_k_times():
     """N = 4 of which K = 3: the published integer division would count them once."""
     ffn = dense()
-    moe = convert_ffn(ffn, "factor_llm", n_experts=4, top_k=3, router_std=1e-12)
+    moe = convert_ffn(ffn, "factor_llm", n_experts=4, top_k=3, router_std=1.0)
     assert torch.equal(moe.router.logit_bias, torch.zeros(4))  # there is one, as published
     x = torch.randn(12, D, dtype=torch.float64)
     outputs = expert_outputs(x, split_neurons(dense_of(ffn), torch.arange(WIDTH).view(4, 6)))
@@ -161,11 +157,10 @@ def test_a_straight_through_mask_is_hard_and_has_the_gradient_of_the_probabiliti
     torch.testing.assert_close(logits.grad, expected)
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_a_layer_is_taught_by_the_ffn_that_it_came_from(renormalize):
-    """The labels are those of its unscaled slices; only the router learns."""
+def test_a_layer_is_taught_by_the_ffn_that_it_came_from():
+    """The labels are those of its slices; only the router learns."""
     ffn, x = dense(dtype=torch.float32), torch.randn(128, D)
-    moe = convert_ffn(ffn, "factor_llm", router_std=0.02, renormalize=renormalize)
+    moe = convert_ffn(ffn, "factor_llm")
     slices = split_neurons(dense_of(ffn), torch.arange(WIDTH).view(4, 6))
     labels = pa_labels(expert_outputs(x, slices), ffn(x[None]).y[0], 2)
     loss = layer_pa_loss(moe, ffn, x)
@@ -179,5 +174,5 @@ def test_a_layer_is_taught_by_the_ffn_that_it_came_from(renormalize):
     assert {name for name, w in moe.named_parameters() if w.grad is not None} == {
         "router.weight", "router.logit_bias",
     }  # fmt: skip
-    with refused("factor_llm routes by top_k, got a RandomRouter"):
+    with refused("factor_llm alone is taught, got a RandomRouter"):
         layer_pa_loss(zoo.create("moe", d_model=D, router="random"), ffn, x)

@@ -26,7 +26,10 @@ OPTIONS = {
     "granular": {"n_copies": 2, "n_slices": 2},
     "drop": {"n_experts": 3, "fraction": 0.25},
     "factor_llm": {"n_experts": 4, "top_k": 3, "split": "kmeans"},
+    "spt": {"n_experts": 4, "top_k": 2, "rank": 4},
 }
+FFN = {"spt": "spt_ffn"}
+OWN = {"z": 0.5, "balance": 0.01}  # weights that the dense run's recipe gives
 EXACT = ("upcycle", "granular")
 
 
@@ -82,12 +85,14 @@ def test_the_directory_is_a_run_with_a_receipt(to, run, tmp_path, capsys):
         assert router < 0
 
     recipe = load.load(out / "recipe.yaml")
-    assert recipe.loss_weights["z"] == 0.5  # the run's own
-    assert recipe.loss_weights["balance"] == 0.01
+    # the run's own win; the published one of factor_llm is of a sum over layers
+    assert recipe.loss_weights == OWN | ({"prior": 0.05 * 2} if to == "factor_llm" else {})
+    assert recipe.init_from == str(out)
+    assert recipe.prior_teacher == (str(run) if to == "factor_llm" else None)
     assert recipe.precision == "bf16"
     both = read_results(read_runs([run, out])).runs  # as a report would
     assert [each.final.bpb for each in both] == [bpb["before"], bpb["after"]]
-    assert [each.ffn for each in both] == ["swiglu", "moe"]
+    assert [each.ffn for each in both] == ["swiglu", FFN.get(to, "moe")]
     assert [each.variant for each in both] == ["swiglu", f"swiglu-{to}"]
     assert [each.cost.params for each in both] == [params["before"], params["after"]]
     assert [len(each.load) for each in both] == [0, 2]
@@ -119,7 +124,7 @@ def test_an_exact_conversion_gives_the_dense_logits(to, run, tmp_path):
 
 @pytest.mark.parametrize("to", METHODS)
 def test_training_goes_on_from_its_weights(to, run, tmp_path):
-    """With its own recipe: every weight moves and the loss falls."""
+    """With its own recipe: every weight that is not frozen moves and the loss falls."""
     convert_run(run, to=to, out=tmp_path / "made", **OPTIONS[to])
     task = read_model(tmp_path / "made")
     task.model.train()
@@ -136,7 +141,8 @@ def test_training_goes_on_from_its_weights(to, run, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert math.isfinite(losses[-1])
-    assert all(not torch.equal(w, start[name]) for name, w in task.model.named_parameters())
+    for name, w in task.model.named_parameters():
+        assert torch.equal(w, start[name]) != w.requires_grad, name
 
 
 def test_routers_may_be_taught_first(run, tmp_path, capsys):

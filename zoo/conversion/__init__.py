@@ -7,11 +7,10 @@ from zoo.conversion.grouping import (
     kmeans_groups,
     random_groups,
 )
-from zoo.conversion.layer import LayerReceipt, convert_ffn, dense_of, receipt
-from zoo.conversion.methods import METHODS, ConversionOptions, Method, options_for
+from zoo.conversion.layer import Converted, LayerReceipt, convert_ffn, dense_of, receipt
+from zoo.conversion.methods import METHODS, ConversionOptions, options_for
 from zoo.conversion.model import Conversion, convert
-from zoo.conversion.prior import expert_outputs, layer_pa_loss, pa_labels, pa_loss, straight_through
-from zoo.conversion.routed import LowRank, RoutedFFN, choose_blocks, routed_ffn
+from zoo.conversion.prior import expert_outputs, layer_pa_loss, pa_labels, pa_loss
 from zoo.conversion.stacks import (
     DenseFFN,
     ExpertStacks,
@@ -29,14 +28,11 @@ __all__ = [
     "METHODS",
     "Conversion",
     "ConversionOptions",
+    "Converted",
     "DenseFFN",
     "ExpertStacks",
     "LayerReceipt",
-    "LowRank",
-    "Method",
-    "RoutedFFN",
     "balanced_kmeans",
-    "choose_blocks",
     "contiguous_groups",
     "convert",
     "convert_ffn",
@@ -52,10 +48,8 @@ __all__ = [
     "pa_loss",
     "random_groups",
     "receipt",
-    "routed_ffn",
     "sparse_upcycle",
     "split_neurons",
-    "straight_through",
     "teach_routers",
     "with_noise",
 ]

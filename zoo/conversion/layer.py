@@ -7,22 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from layers.moe import MoE
+from layers.spt_ffn import SPTFFN
 from layers.swiglu import SwiGLU
-from zoo.conversion.methods import METHODS, options_for
-from zoo.conversion.stacks import DenseFFN, with_noise
+from zoo.conversion.methods import options_for
+from zoo.conversion.stacks import DenseFFN
 from zoo.registry import create
 
 RECEIPT_TOKENS = 256
+Converted = MoE | SPTFFN  # what a dense layer becomes
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReceipt:
-    """The mixture's output against the dense FFN's, before any training; no unit."""
+    """The new layer's output against the dense FFN's, before any training; no unit."""
 
     layer: int
-    largest: float  # over tokens, of |mixture(x) - dense(x)| / |dense(x)|
+    largest: float  # over tokens, of |new(x) - dense(x)| / |dense(x)|
     mean: float  # over tokens
-    scale: float  # <mixture(x), dense(x)> / <dense(x), dense(x)>, over all tokens: 1 is kept
+    scale: float  # <new(x), dense(x)> / <dense(x), dense(x)>, over all tokens: 1 is kept
 
 
 def dense_of(ffn: nn.Module) -> DenseFFN:
@@ -35,8 +37,8 @@ def dense_of(ffn: nn.Module) -> DenseFFN:
     return DenseFFN(gate, up, ffn.down.weight.detach())
 
 
-def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> MoE:
-    """A `moe` layer in place of a `swiglu` layer, on the same device in the same dtype.
+def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> Converted:
+    """Another layer in place of a `swiglu` layer, on the same device in the same dtype.
 
     Args:
         ffn: a `layers.swiglu.SwiGLU`.
@@ -51,28 +53,26 @@ def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> Mo
     assert isinstance(ffn, SwiGLU)
     said = options_for(to, options)
     says = said.layer(ffn.config.hidden, ffn.config.activation)
-    moe = create(**says, d_model=ffn.config.d_model)
-    assert isinstance(moe, MoE)
-    moe.to(dense.up.device, dense.up.dtype)
-    moe.router.to(torch.promote_types(dense.up.dtype, torch.float32))  # a router decides in float32
-    stacks = with_noise(METHODS[to].stacks(dense, said, generator), said.noise, generator)
+    made = create(**says, d_model=ffn.config.d_model)
+    assert isinstance(made, Converted)
+    made.to(dense.up.device, dense.up.dtype)
+    made.router.to(torch.promote_types(dense.up.dtype, torch.float32))  # it decides in float32
+    parameters = dict(made.named_parameters())
     with torch.no_grad():
-        moe.experts.gate_up.weight.copy_(stacks.gate_up)
-        moe.experts.down.weight.copy_(stacks.down)
-        rows = said.router_rows(ffn.config.d_model, generator)
-        moe.router.weight.copy_(rows)  # pyright: ignore[reportCallIssue]
-    return moe
+        for name, weight in said.weights(dense, generator).items():
+            parameters[name].copy_(weight)
+    return made
 
 
 @torch.no_grad()
-def receipt(ffn: SwiGLU, moe: MoE, layer: int, seed: int) -> LayerReceipt:
+def receipt(ffn: SwiGLU, made: Converted, layer: int, seed: int) -> LayerReceipt:
     """Compare in float64 without formats, on unit normal inputs, as an RMS norm hands them on.
 
-    ffn, moe: the layer before and after, which stay as they are.
+    ffn, made: the layer before and after, which stay as they are.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, RECEIPT_TOKENS, ffn.config.d_model, generator=generator).double()
-    before, after = (_exactly(module)(x).y[0] for module in (ffn, moe))
+    before, after = (_exactly(module)(x).y[0] for module in (ffn, made))
     difference = _norm(after - before) / _norm(before).clamp(min=1e-300)
     return LayerReceipt(
         layer=layer,
@@ -82,12 +82,13 @@ def receipt(ffn: SwiGLU, moe: MoE, layer: int, seed: int) -> LayerReceipt:
     )
 
 
-def _exactly(module: SwiGLU | MoE) -> nn.Module:
+def _exactly(module: SwiGLU | Converted) -> nn.Module:
     """A float64 copy that computes in no format, evaluating, on the CPU."""
     if isinstance(module, SwiGLU):
         copy: nn.Module = SwiGLU(module.config)
     else:
-        copy = MoE(module.config, type(module.router)(module.router.config))
+        router: Any = module.router
+        copy = type(module)(module.config, type(router)(router.config))  # pyright: ignore
     copy.double().load_state_dict(module.state_dict())
     return copy.eval()
 

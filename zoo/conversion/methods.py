@@ -1,7 +1,7 @@
 """The ways to convert: what each may be told, what weights it makes, what layer it asks for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layers.names import check_choice, check_positive, unknown
+from layers.spt_ffn import in_blocks
 from routers.scores import INIT_STD
 from zoo.conversion.grouping import GROUPINGS
 from zoo.conversion.stacks import (
@@ -19,6 +20,7 @@ from zoo.conversion.stacks import (
     mixing_scale,
     sparse_upcycle,
     split_neurons,
+    with_noise,
 )
 
 
@@ -26,33 +28,57 @@ from zoo.conversion.stacks import (
 class ConversionOptions(ABC):
     """What every method may be told."""
 
-    renormalize: bool = True  # the chosen weights sum to one; False: softmax over all, uniform
     router_std: float = INIT_STD  # of the new router's normal weights
-    noise: float = 0.0  # on the experts, in root mean squares of their weights; tells copies apart
     layers: Any = ":"  # which dense layers, as in layers.selection: "1::2" every other
 
     def __post_init__(self) -> None:
         check_positive(router_std=self.router_std)
+
+    @abstractmethod
+    def layer(self, d_ff: int, activation: str) -> dict[str, Any]:
+        """The converted layer as a recipe's `ffn` says it."""
+
+    @abstractmethod
+    def weights(self, dense: DenseFFN, generator: torch.Generator) -> dict[str, Tensor]:
+        """The converted layer's parameters by name; those left out stay as a new layer has them."""
+
+    @abstractmethod
+    def loss_weights(self, n_layers: int) -> dict[str, float]:
+        """Of the auxiliary losses in training on, `n_layers` being converted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOptions(ConversionOptions):
+    """Of what becomes a `moe`: R copies of the dense FFN, each cut into G slices."""
+
+    noise: float = 0.0  # on the experts, in root mean squares of their weights; tells copies apart
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.noise < 0:
             raise ValueError(f"noise must not be negative, got {self.noise}")
-
-    def scale(self) -> float:
-        """Factor on down that keeps the output's size."""
-        copies, slices = self.shape
-        return mixing_scale(copies, slices, self.chosen, renormalize=self.renormalize)
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Copies of the dense FFN, and slices of each."""
+        """R and G."""
 
     @property
     @abstractmethod
     def chosen(self) -> int:
         """K."""
 
+    @property
+    @abstractmethod
+    def router(self) -> dict[str, Any]:
+        """As a recipe says it, without sizes."""
+
+    @abstractmethod
+    def stacks(self, dense: DenseFFN, generator: torch.Generator) -> ExpertStacks:
+        """The experts, without noise."""
+
     def layer(self, d_ff: int, activation: str) -> dict[str, Any]:
-        """The converted layer as a recipe's `ffn` says it."""
+        """As `ConversionOptions.layer`."""
         copies, slices = self.shape
         if d_ff % slices:
             raise ValueError(f"d_ff={d_ff} does not split into {slices} equal parts")
@@ -62,13 +88,18 @@ class ConversionOptions(ABC):
             "top_k": self.chosen,
             "d_expert": d_ff // slices,
             "activation": activation,
-            "router": {"name": "top_k", "renormalize": self.renormalize} | self.router_options,
+            "router": self.router,
         }
 
-    @property
-    def router_options(self) -> dict[str, Any]:
-        """Of the router, beside its sizes and renormalize."""
-        return {}
+    def weights(self, dense: DenseFFN, generator: torch.Generator) -> dict[str, Tensor]:
+        """As `ConversionOptions.weights`."""
+        stacks = with_noise(self.stacks(dense, generator), self.noise, generator)
+        rows = self.router_rows(dense.up.shape[1], generator)
+        return {
+            "experts.gate_up.weight": stacks.gate_up,
+            "experts.down.weight": stacks.down,
+            "router.weight": rows,
+        }
 
     def router_rows(self, d_model: int, generator: torch.Generator) -> Tensor:
         """[E, D]: a row for each copy, which its slices share: they are chosen together."""
@@ -78,7 +109,28 @@ class ConversionOptions(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpcycleOptions(ConversionOptions):
+class SoftmaxOptions(MixtureOptions):
+    """Of copies that a softmax mixes."""
+
+    renormalize: bool = True  # the chosen weights sum to one; False: softmax over all, uniform
+
+    @property
+    def router(self) -> dict[str, Any]:
+        """As `MixtureOptions.router`."""
+        return {"name": "top_k", "renormalize": self.renormalize}
+
+    def scale(self) -> float:
+        """Factor on down that keeps the output's size."""
+        copies, slices = self.shape
+        return mixing_scale(copies, slices, self.chosen, renormalize=self.renormalize)
+
+    def loss_weights(self, n_layers: int) -> dict[str, float]:
+        """As recipes/moe.yaml."""
+        return {"balance": 0.01, "z": 0.001}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleOptions(SoftmaxOptions):
     """Sparse upcycling (arXiv:2212.05055): exact where renormalize is on."""
 
     n_experts: int = 8
@@ -94,6 +146,10 @@ class UpcycleOptions(ConversionOptions):
         """K."""
         return self.top_k
 
+    def stacks(self, dense: DenseFFN, generator: torch.Generator) -> ExpertStacks:
+        """As `MixtureOptions.stacks`."""
+        return sparse_upcycle(dense, self.n_experts, scale=self.scale())
+
 
 @dataclass(frozen=True, kw_only=True)
 class DropOptions(UpcycleOptions):
@@ -101,9 +157,14 @@ class DropOptions(UpcycleOptions):
 
     fraction: float = 0.5  # of the neurons of each expert
 
+    def stacks(self, dense: DenseFFN, generator: torch.Generator) -> ExpertStacks:
+        """As `MixtureOptions.stacks`."""
+        n, scale = self.n_experts, self.scale()
+        return drop_upcycle(dense, n, self.fraction, generator, scale=scale)
+
 
 @dataclass(frozen=True, kw_only=True)
-class GranularOptions(ConversionOptions):
+class GranularOptions(SoftmaxOptions):
     """Granular upcycling (arXiv:2410.07524): exact where renormalize is on and G divides K.
 
     Slices of a copy have one router row, so whole copies are chosen; they tie to rounding, not to
@@ -124,20 +185,23 @@ class GranularOptions(ConversionOptions):
         """K."""
         return self.n_slices if self.top_k is None else self.top_k
 
+    def stacks(self, dense: DenseFFN, generator: torch.Generator) -> ExpertStacks:
+        """As `MixtureOptions.stacks`."""
+        return granular_upcycle(dense, *self.shape, scale=self.scale())
+
 
 @dataclass(frozen=True, kw_only=True)
-class FactorOptions(ConversionOptions):
-    """FactorLLM (arXiv:2408.11855): the neurons dealt out to experts, nothing copied.
+class FactorOptions(MixtureOptions):
+    """FactorLLM (arXiv:2408.11855): the neurons dealt out to experts, as they are, nothing copied.
 
-    K of N experts run and count N / K, as the published hard mask has it while the router is still
-    even; then their weights, which sum to N, are the softmax's, so that the router learns from the
-    task. Hence router_std: at 1e-3 the weights start within about 2 % of even at width 256.
+    K of N experts run, each N / K times; with K = N it is the dense FFN. Its training adds
+    0.05 * the sum over layers of `pa_loss` and 0.01 * that of the published balance term.
     """
 
     n_experts: int = 4
     top_k: int = 2
     split: str = "contiguous"  # contiguous | random | kmeans (balanced, on rows of up)
-    router_std: float = 1e-3
+    straight_through: bool = True  # the task's gradient reaches the router
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,51 +218,73 @@ class FactorOptions(ConversionOptions):
         return self.top_k
 
     @property
-    def router_options(self) -> dict[str, Any]:
-        """The published router has a bias."""
-        return {"logit_bias": True}
+    def router(self) -> dict[str, Any]:
+        """As `MixtureOptions.router`."""
+        return {"name": "factor_llm", "straight_through": self.straight_through}
+
+    def stacks(self, dense: DenseFFN, generator: torch.Generator) -> ExpertStacks:
+        """As `MixtureOptions.stacks`."""
+        groups = GROUPINGS[self.split](dense.up, self.n_experts, generator)
+        return split_neurons(dense, groups.to(dense.up.device))
 
     def router_rows(self, d_model: int, generator: torch.Generator) -> Tensor:
         """[N, D]: slices are chosen one by one."""
         return torch.randn(self.n_experts, d_model, generator=generator) * self.router_std
 
-
-def _upcycle(dense: DenseFFN, options: UpcycleOptions, _: torch.Generator) -> ExpertStacks:
-    return sparse_upcycle(dense, options.n_experts, scale=options.scale())
-
-
-def _granular(dense: DenseFFN, options: GranularOptions, _: torch.Generator) -> ExpertStacks:
-    return granular_upcycle(dense, *options.shape, scale=options.scale())
-
-
-def _drop(dense: DenseFFN, options: DropOptions, generator: torch.Generator) -> ExpertStacks:
-    n, fraction = options.n_experts, options.fraction
-    return drop_upcycle(dense, n, fraction, generator, scale=options.scale())
-
-
-def _factor(dense: DenseFFN, options: FactorOptions, generator: torch.Generator) -> ExpertStacks:
-    groups = GROUPINGS[options.split](dense.up, options.n_experts, generator)
-    return split_neurons(dense, groups.to(dense.up.device), scale=options.scale())
+    def loss_weights(self, n_layers: int) -> dict[str, float]:
+        """The published ones, which weigh sums over layers, of losses that here are means over
+        layers and 1.0 when even."""
+        balance = 0.01 * n_layers * self.top_k / self.n_experts**2
+        return {"prior": 0.05 * n_layers, "balance": balance}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """A row of `METHODS`."""
+class SPTOptions(ConversionOptions):
+    """SPT (arXiv:2312.10365): the dense FFN itself, of which a token runs some blocks."""
 
-    options: type[ConversionOptions]
-    stacks: Callable[[DenseFFN, Any, torch.Generator], ExpertStacks]
+    n_experts: int = 4  # blocks
+    top_k: int = 2
+    rank: int | None = 16  # of the low-rank factors that are trained, base frozen; None: the base
+    weighting: str = "twice"  # of the router `spt`
+
+    def layer(self, d_ff: int, activation: str) -> dict[str, Any]:
+        """As `ConversionOptions.layer`."""
+        said = {"name": "spt_ffn", "d_ff": d_ff, "activation": activation, "rank": self.rank}
+        router = {"name": "spt", "weighting": self.weighting}
+        return said | {"n_experts": self.n_experts, "top_k": self.top_k, "router": router}
+
+    def weights(self, dense: DenseFFN, generator: torch.Generator) -> dict[str, Tensor]:
+        """As `ConversionOptions.weights`; left factors normal(0, 1), right ones zero."""
+        width, d_model = dense.up.shape
+        whole = {"gate_up.weight": torch.cat((dense.gate, dense.up)), "down.weight": dense.down}
+        weights = in_blocks(whole, self.n_experts)
+        rows = torch.randn(self.n_experts, d_model, generator=generator) * self.router_std
+        weights["router.weight"] = rows
+        if self.rank is not None:
+            for name in ("gate_left", "up_left"):
+                weights[f"{name}.weight"] = torch.randn(self.rank, d_model, generator=generator)
+            left = torch.randn(self.rank, width, generator=generator)
+            weights["down_left.weight"] = in_blocks({"down.weight": left}, self.n_experts)[
+                "down.weight"
+            ]
+        return weights
+
+    def loss_weights(self, n_layers: int) -> dict[str, float]:
+        """Its router has no loss."""
+        return {}
 
 
-METHODS = {
-    "upcycle": Method(options=UpcycleOptions, stacks=_upcycle),
-    "granular": Method(options=GranularOptions, stacks=_granular),
-    "drop": Method(options=DropOptions, stacks=_drop),
-    "factor_llm": Method(options=FactorOptions, stacks=_factor),
+METHODS: dict[str, type[ConversionOptions]] = {
+    "upcycle": UpcycleOptions,
+    "granular": GranularOptions,
+    "drop": DropOptions,
+    "factor_llm": FactorOptions,
+    "spt": SPTOptions,
 }
 
 
-def method_of(name: str) -> Method:
-    """The row of that name. Raises ValueError, with the nearest name, where there is none."""
+def method_of(name: str) -> type[ConversionOptions]:
+    """The options of that method. Raises ValueError, with the nearest name, where there is none."""
     if name not in METHODS:
         raise unknown("conversion", name, METHODS)
     return METHODS[name]
@@ -207,7 +293,7 @@ def method_of(name: str) -> Method:
 def options_for(to: str, given: Mapping[str, Any]) -> ConversionOptions:
     """A method's options from plain values. Raises ValueError for an unknown name or value."""
     row = method_of(to)
-    known = [f.name for f in fields(row.options)]
+    known = [f.name for f in fields(row)]
     for name in given:
         check_choice(f"option of {to}", name, known)
-    return row.options(**given)
+    return row(**given)

@@ -1,4 +1,4 @@
-"""A whole model converted: chosen dense layers become mixtures, everything else is copied."""
+"""A whole model converted: chosen dense layers become others, everything else is copied."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +25,11 @@ class Conversion:
 
 
 def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> Conversion:
-    """The chosen layers of a dense model as mixtures (moe.md 12, converter contract).
+    """The chosen layers of a dense model converted (moe.md 12, converter contract).
 
     Args:
         model: its chosen layers are `swiglu`; it stays as it is.
-        to: a row of `METHODS`: upcycle | granular | drop | factor_llm.
+        to: a row of `METHODS`: upcycle | granular | drop | factor_llm | spt.
         seed: of everything drawn; each layer draws its own.
         options: of the method (`zoo.conversion.methods`).
 
@@ -44,18 +44,18 @@ def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> 
     if not chosen:
         raise ValueError(f"layers={said.layers!r} names none of {config.n_layers} layers")
     says = [_said(choice) for choice in layer_choices(config.ffn, config.n_layers)]
-    mixtures, receipts = {}, []
+    new_layers, receipts = {}, []
     for i in chosen:
         ffn, layer_seed = _ffn(model, i), seed * 1_000_003 + i
-        mixtures[i] = convert_ffn(ffn, to, seed=layer_seed, **options)
+        new_layers[i] = convert_ffn(ffn, to, seed=layer_seed, **options)
         says[i] = said.layer(ffn.config.hidden, ffn.config.activation)
-        receipts.append(receipt(ffn, mixtures[i], i, layer_seed))
+        receipts.append(receipt(ffn, new_layers[i], i, layer_seed))
     ffn_says: Any = says[0] if all(each == says[0] for each in says) else says
     made = LanguageModel(replace(config, ffn=ffn_says))
     new = {
         f"blocks.{i}.ffn.{name}": tensor
-        for i, mixture in mixtures.items()
-        for name, tensor in mixture.state_dict().items()
+        for i, layer in new_layers.items()
+        for name, tensor in layer.state_dict().items()
     }
     _fill(made, own_tensors(model) | new)
     return Conversion(model=made, receipts=tuple(receipts))

@@ -1,6 +1,7 @@
 """FactorLLM's prior-approximate routing: what its router is taught (arXiv:2408.11855; moe.md 10).
 
-The loss of training is cross-entropy + 0.05 * the sum over layers of `pa_loss` + 0.01 * balance.
+The loss of training is cross-entropy + 0.05 * the sum over layers of `pa_loss` + 0.01 * that of the
+published balance term (`routers.factor_llm.chosen_share`). `recipes.prior` adds it to training.
 """
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from layers.moe import MoE
 from layers.swiglu import SwiGLU, glu
-from zoo.conversion.stacks import ExpertStacks, mixing_scale
+from routers.factor_llm import FactorLLMRouter
+from zoo.conversion.stacks import ExpertStacks
 
 CLIP = 1e-7  # the published code's bound of both distributions
 
@@ -53,31 +55,20 @@ def pa_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tenso
     return divergence.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def straight_through(mask: Tensor, probs: Tensor) -> Tensor:
-    """The hard mask in value, the probabilities' gradient: mask + p - p.detach(). [T, N] each.
-
-    A hard mask sends the router nothing of the task's loss.
-    """
-    return mask.detach() + (probs - probs.detach())
-
-
 def layer_pa_loss(moe: MoE, teacher: SwiGLU, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """`pa_loss` of one layer of a `factor_llm` conversion against the FFN that it came from.
 
-    moe: its experts as they are now; their common scale is divided out. teacher: frozen. x: [T, D],
-    the FFN's inputs, of the teacher's model or the student's. mask: [T] bool. Teaches the router
-    alone. Computed without formats; raises ValueError for a router without such logits.
+    moe: its experts as they are now. teacher: frozen. x: [T, D], the FFN's inputs, of the teacher's
+    model or the student's. mask: [T] bool. Teaches the router alone. Computed without formats;
+    raises ValueError for another router.
     """
-    router, config = moe.router, moe.config
-    renormalize = getattr(getattr(router, "config", None), "renormalize", None)
-    if renormalize is None:
-        raise ValueError(f"factor_llm routes by top_k, got a {type(router).__name__}")
-    scale = mixing_scale(1, config.n_experts, config.top_k, renormalize=renormalize)
+    if not isinstance(moe.router, FactorLLMRouter):
+        raise ValueError(f"factor_llm alone is taught, got a {type(moe.router).__name__}")
     with torch.no_grad():
         x = x if mask is None else x.masked_fill(~mask[:, None], 0)
-        stacks = ExpertStacks(moe.experts.gate_up.weight, moe.experts.down.weight / scale)
-        outputs = expert_outputs(x, stacks, config.activation)
+        stacks = ExpertStacks(moe.experts.gate_up.weight, moe.experts.down.weight)
+        outputs = expert_outputs(x, stacks, moe.config.activation)
         gate_up = x @ teacher.gate_up.weight.t()
         target = glu(gate_up, teacher.config.activation) @ teacher.down.weight.t()
-        labels = pa_labels(outputs, target, config.top_k)
-    return pa_loss(router(x.detach()).logits, labels, mask)
+        labels = pa_labels(outputs, target, moe.config.top_k)
+    return pa_loss(moe.router(x.detach()).logits, labels, mask)
