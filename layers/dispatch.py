@@ -25,6 +25,22 @@ class Plan(NamedTuple):
     starts: Tensor  # [T] int64, where each token's rows begin in `inverse`
     counts: Tensor  # [E] int64, rows of each expert
 
+    def spread(self, tokens: Tensor) -> Tensor:
+        """As `dispatch`."""
+        return dispatch(tokens, self)
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """As `combine`."""
+        return combine(rows, self)
+
+    def of_rows(self, weights: Tensor) -> Tensor:
+        """As `row_weights`."""
+        return row_weights(weights, self)
+
+    def emptied(self, rows: Tensor) -> Tensor:
+        """The rows: none of this plan is empty, as one of a `FixedPlan` may be."""
+        return rows
+
 
 def make_plan(experts: Tensor, n_experts: int, keep: Tensor | None = None) -> Plan:
     """Sort assignments by expert.
@@ -139,20 +155,30 @@ _library.define("count_experts(Tensor experts, int n_experts) -> Tensor")
 
 
 def _count_experts(experts: Tensor, n_experts: int) -> Tensor:
-    return experts.flatten().bincount(minlength=n_experts)[:n_experts]
+    return _counts(experts.flatten(), n_experts)
+
+
+def _counts(ids: Tensor, n_experts: int) -> Tensor:
+    """How many ids are each of [0, n_experts); those that are n_experts itself do not count."""
+    if ids.device.type == "cpu":
+        return ids.bincount(minlength=n_experts)[:n_experts]
+    # a GPU's bincount reads the largest id on the host; whole numbers add up the same in any order
+    ones = torch.ones_like(ids)
+    return ids.new_zeros(n_experts + 1).scatter_add_(0, ids, ones)[:n_experts]
 
 
 def _sort_all(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = experts.flatten()
     order = ids.to(_sort_dtype(n_experts)).argsort(stable=True)
-    return order, _inverse(order), ids.bincount(minlength=n_experts)
+    return order, _inverse(order), _counts(ids, n_experts)
 
 
 def _sort_kept(experts: Tensor, keep: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    # a host read on a GPU: `layers.fixed_plan.sorted_plan` has none
     kept = keep.flatten().nonzero().squeeze(-1)  # [N], in the order of assignments
     ids = experts.flatten()[kept]
     order = ids.to(_sort_dtype(n_experts)).argsort(stable=True)
-    return kept[order], _inverse(order), ids.bincount(minlength=n_experts)
+    return kept[order], _inverse(order), _counts(ids, n_experts)
 
 
 def _sort_dtype(n_experts: int) -> torch.dtype:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from layers.base import Cost, WeightCost
 from layers.decode import native_dtypes, run_token
-from layers.dispatch import combine, dispatch, is_decoding, make_plan, row_weights
-from layers.grouped import matmul_dtype
+from layers.dispatch import Plan, is_decoding, make_plan
+from layers.fixed_plan import FixedPlan, slot_plan, sorted_plan
+from layers.grouped import BACKENDS, matmul_dtype
 from layers.linear import ExpertLinear
 from layers.mlp import ACTIVATION_FLOPS, ACTIVATIONS
 from layers.names import check_choice, check_positive
@@ -22,9 +23,10 @@ from layers.swiglu import GATE_FLOPS, GATES, default_d_ff, glu
 Weighs = Literal["output", "input"]  # what a choice's weight multiplies
 
 
-def default_d_expert(d_model: int, top_k: int) -> int:
+def default_d_expert(d_model: int, top_k: int, gated: bool = True) -> int:
     """F such that top_k experts are as wide as a default dense FFN, up to a multiple of 32."""
-    return -(-default_d_ff(d_model) // (top_k * 32)) * 32
+    d_ff = default_d_ff(d_model) if gated else 4 * d_model
+    return -(-d_ff // (top_k * 32)) * 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,10 @@ class ExpertsConfig:
     activation: str = "silu"  # a row of GATES; of ACTIVATIONS where not gated
     gated: bool = True
     bias: bool = False  # on both matrices of every expert
+    backend: str = "auto"  # how experts multiply, see `Experts`
 
     def __post_init__(self) -> None:
+        check_choice("experts' backend", self.backend, BACKENDS)
         check_positive(d_model=self.d_model, d_expert=self.d_expert, n_experts=self.n_experts)
         kind, known = ("gated", GATES) if self.gated else ("ungated", ACTIVATIONS)
         check_choice(f"activation of {kind} experts", self.activation, known)
@@ -74,6 +78,12 @@ class Experts(nn.Module):
     """Expert e of x: down_e(activation(gate_e(x)) * up_e(x)), or ungated; all stacked.
 
     Parameters [E, out, in], and [E, out] for biases, so that what shards experts cuts axis 0.
+
+    All backends give the same sums to rounding, whatever the precision. "loop": expert by expert;
+    "grouped": `F.grouped_mm`; "batched": a copy of its matrix for each row, for a few rows;
+    "capacity": [E, C, D] in one batched matmul, C rows for every expert, used or not; "auto": the
+    fastest by measured size. "grouped" and "batched" read nothing on the host, nor does "auto"
+    on a GPU in bf16; "capacity" has no shape that depends on the data besides.
     """
 
     gate_up: ExpertLinear  # [E, 2F, D], gate rows first; where gated
@@ -99,6 +109,7 @@ class Experts(nn.Module):
         weights: Tensor,
         keep: Tensor | None = None,
         weighs: Weighs = "output",
+        capacity: int | None = None,
     ) -> Tensor:
         """The sum over a token's choices of weight * expert(x), or of expert(weight * x) (Llama 4).
 
@@ -111,20 +122,41 @@ class Experts(nn.Module):
             weights: [T, K].
             keep: [T, K] bool, the choices to run; None: all. What is left out costs nothing.
             weighs: what a weight multiplies.
+            capacity: C, read by the backend of that name: the most rows of one expert. `keep` must
+                hold to it: a choice beyond is left out.
 
         Returns:
             [T, D] in the experts' compute dtype; 0 for a token without an expert.
+
+        Raises:
+            ValueError: for the backend "capacity" without one.
         """
         if is_decoding(tokens):
             return self._run_one(tokens, routed, weights, keep, weighs)
-        plan = make_plan(routed, self.config.n_experts, keep)
-        rows = dispatch(_cast_once(tokens, self.inner), plan)  # [N, D]
-        of_row = row_weights(weights, plan)  # [N, 1]
+        backend, tokens = self.config.backend, cast_once(tokens, self.inner)
+        plan = self._plan(tokens, routed, keep, capacity)
+        rows, of_row = plan.spread(tokens), plan.of_rows(weights)  # [N, D], [N, 1]
         if weighs == "input":
-            h = self._body(self.inner(rows * of_row.to(rows.dtype), plan.counts))
-            return combine(self.down(h, plan.counts), plan)
-        h = self._body(self.inner(rows, plan.counts), of_row)  # [N, F]
-        return combine(self.down(h, plan.counts, of_row), plan)
+            rows, of_row = rows * of_row.to(rows.dtype), None
+        inner = plan.emptied(self.inner(rows, plan.counts, backend=backend))
+        h = self._body(inner, of_row)  # [N, F]
+        return plan.collect(self.down(h, plan.counts, of_row, backend))
+
+    def _plan(
+        self, tokens: Tensor, routed: Tensor, keep: Tensor | None, capacity: int | None
+    ) -> Plan | FixedPlan:
+        """In sizes that depend on what is kept, unless the backend is not to read that."""
+        n_experts, backend = self.inner.weight.shape[0], self.config.backend  # of those held here
+        if backend == "capacity":
+            if capacity is None:
+                raise ValueError(
+                    "experts' backend 'capacity' needs a capacity, the rows of one expert: "
+                    "give it to forward, or choose 'auto'"
+                )
+            return slot_plan(routed, n_experts, capacity, keep)
+        if keep is None or backend == "loop" or (backend == "auto" and not tokens.is_cuda):
+            return make_plan(routed, n_experts, keep)
+        return sorted_plan(routed, n_experts, keep)
 
     def _body(self, inner: Tensor, weights: Tensor | None = None) -> Tensor:
         """Between the two matmuls. inner: [..., 2F] or [..., F]; weights: [..., 1]."""
@@ -166,7 +198,7 @@ class Experts(nn.Module):
         return y
 
 
-def _cast_once(tokens: Tensor, leaf: ExpertLinear) -> Tensor:
+def cast_once(tokens: Tensor, leaf: ExpertLinear) -> Tensor:
     """Tokens in the leaf's dtype where it would only cast them: before they are copied K times."""
     p = leaf.precision
     if p is None:

@@ -1,13 +1,20 @@
 """Matmuls over rows sorted by expert: one segment of rows for each matrix of a stack.
 
-N rows, E experts; `counts` [E] int64 says how many consecutive rows belong to each expert, and
-sums to N. An expert without rows costs nothing and gets a gradient of exact zeros.
+N rows, E experts; `counts` [E] int64 says how many consecutive rows belong to each expert. An
+expert without rows costs nothing and gets a gradient of exact zeros.
 
 The three products are library operators, so that `torch.compile` keeps them whole and
-`FlopCounterMode` counts them exactly (moe.md 14.3, performance.md 3). `backend` is
-"loop" (one `torch.mm(out=slice)` per expert; any dtype; the fastest in training on a CPU; reads
-`counts` on the host), "grouped" (`F.grouped_mm`; no host read; refuses float64), or "auto": "loop"
-on a CPU and wherever `F.grouped_mm` has no fast kernel, else "grouped".
+`FlopCounterMode` counts them exactly (moe.md 14.3, performance.md 3). `backend` is one of
+
+    loop      one `torch.mm(out=slice)` per expert; any dtype; the fastest in training on a CPU;
+              reads `counts` on the host, as nothing else here does
+    grouped   `F.grouped_mm`; refuses float64 and widths off its 16-byte steps
+    batched   a copy of its matrix for each row, one `torch.bmm`: for a few rows
+    capacity  `torch.bmm` of [E, N / E, K]: every expert has equally many rows, some of zeros
+    auto      by size and device, see `chosen`
+
+But for "capacity", counts may sum to less than N: the rows past that belong to no expert, and what
+a product leaves there is not to be read.
 
 The dtype of the rows is the dtype of the matmul: a stack in another dtype is cast one matrix at a
 time, just before it is used, so that no copy of the whole stack is written.
@@ -20,9 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from layers.batched import (
+    expert_of_rows,
+    gathered_mm,
+    gathered_mm_dx,
+    gathered_wgrad,
+    padded_mm,
+    padded_wgrad,
+)
 from layers.names import check_choice
 
-BACKENDS = ("auto", "loop", "grouped")
+BACKENDS = ("auto", "grouped", "loop", "batched", "capacity")
 STEP = 16  # numbers of rows that a loop multiplies by are multiples of this
 
 _library = torch.library.Library("moe_zoo", "FRAGMENT")
@@ -117,13 +132,34 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 # The operators. Each walks its experts or hands the segments to F.grouped_mm.
 
 
-def _one_call(rows: Tensor, backend: str, *widths: int) -> bool:
-    """Whether `F.grouped_mm` runs this product."""
-    if backend != "auto":
-        return backend == "grouped"
-    # Elsewhere than on a GPU in bf16 it is a loop of its own, and its strides go in 16-byte steps.
+def chosen(rows: Tensor, backend: str, w: tuple[int, int, int]) -> str:
+    """Which products run: `backend` itself, or for "auto" the fastest by measured size.
+
+    On a CPU that is the loop, but "batched" for the few rows whose matrices take less time to copy
+    than many experts take to walk through (measured on one thread in fp32 and bf16, N 1 to 2048,
+    E 4 to 256, widths 32 to 512: 1.1 to 6 times as fast there; from 0.8 to 0.9 at worst, where 2
+    rows meet 64 experts). `F.grouped_mm` never is: it meets a new number of rows at each call,
+    for which oneDNN builds a kernel, and its gradient of the weights writes them twice.
+
+    rows: [N, K]; w: E and the widths of one expert's matrix.
+
+    Raises:
+        ValueError: where "grouped" is asked for what `F.grouped_mm` does not take.
+    """
+    e, *widths = w
     aligned = all(width * rows.element_size() % 16 == 0 for width in widths)
-    return rows.is_cuda and rows.dtype is torch.bfloat16 and aligned
+    if backend == "grouped" and (rows.dtype is torch.float64 or not aligned):
+        raise ValueError(
+            "backend 'grouped' takes no float64, and widths whose rows are multiples of 16 bytes; "
+            f"got {rows.dtype} and {widths[0]} x {widths[1]}: choose 'loop' or 'auto'"
+        )
+    if backend != "auto":
+        return backend
+    if rows.is_cuda:  # elsewhere than in bf16 F.grouped_mm is a loop of its own
+        return "grouped" if rows.dtype is torch.bfloat16 and aligned else "loop"
+    n, numbers = rows.shape[0], widths[0] * widths[1]
+    few = numbers <= 4096 and n * numbers <= 300 * e + 3000 * min(n, e)
+    return "batched" if e >= 64 and few else "loop"
 
 
 def _ends(counts: Tensor) -> Tensor:
@@ -146,14 +182,24 @@ def _caster(w: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
     x, w = x.detach(), w.detach()
-    if _one_call(x, backend, x.shape[1], w.shape[1]):
+    how = chosen(x, backend, (w.shape[0], w.shape[1], w.shape[2]))
+    if how == "capacity":
+        return padded_mm(x, w)
+    if how == "batched":
+        return gathered_mm(x, w, counts)
+    if how == "grouped":
         return F.grouped_mm(x.contiguous(), w.to(x.dtype).transpose(-2, -1), offs=_ends(counts))
     return _loop(x, w, counts, x.new_empty(x.shape[0], w.shape[1]), transposed=True)
 
 
 def _grouped_mm_dx(dy: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
     dy, w = dy.detach(), w.detach()
-    if _one_call(dy, backend, w.shape[1], w.shape[2]):
+    how = chosen(dy, backend, (w.shape[0], w.shape[1], w.shape[2]))
+    if how == "capacity":
+        return padded_mm(dy, w.mT)
+    if how == "batched":
+        return gathered_mm_dx(dy, w, counts)
+    if how == "grouped":
         return F.grouped_mm(dy.contiguous(), w.to(dy.dtype), offs=_ends(counts))
     return _loop(dy, w, counts, dy.new_empty(dy.shape[0], w.shape[2]), transposed=False)
 
@@ -184,7 +230,12 @@ def _grouped_wgrad(
     dy: Tensor, x: Tensor, counts: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
     dy, x = dy.detach(), x.detach()
-    if _one_call(dy, backend, dy.shape[1], x.shape[1]):
+    how = chosen(dy, backend, (counts.shape[0], dy.shape[1], x.shape[1]))
+    if how == "capacity":
+        return padded_wgrad(dy, x, counts.shape[0], dtype)
+    if how == "batched":
+        return gathered_wgrad(dy, x, counts, dtype)
+    if how == "grouped":
         dw = F.grouped_mm(dy.contiguous().t(), x.contiguous(), offs=_ends(counts))
         # An empty segment is summed over nothing; no kernel promises to write those zeros.
         return dw.masked_fill_((counts == 0)[:, None, None], 0).to(dtype)
@@ -218,9 +269,11 @@ def _widened(rows: Tensor, room: Tensor) -> Tensor:
 
 def _scale_rows_(y: Tensor, scale: Tensor, counts: Tensor) -> None:
     if y.is_cuda:  # no host read
-        y.mul_(torch.repeat_interleave(scale, counts, output_size=y.shape[0])[:, None])
+        y.mul_(scale[expert_of_rows(counts, y.shape[0])][:, None])
         return
-    for y_e, scale_e in zip(y.split(counts.tolist()), scale.unbind(0), strict=True):
+    sizes = counts.tolist()
+    parts = y.split([*sizes, y.shape[0] - sum(sizes)])
+    for y_e, scale_e in zip(parts, scale.unbind(0), strict=False):
         y_e.mul_(scale_e)  # a number, which is multiplied in float32 without a cast of y
 
 

@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.batched import expert_of_rows
 from layers.matmul import expert_linear, linear, lookup
 from layers.names import check_positive
 from layers.precision.leaf import Leaf
@@ -67,22 +69,25 @@ class ExpertLinear(Leaf):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, counts: Tensor, bias_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, counts: Tensor, bias_weights: Tensor | None = None, backend: str = "auto"
+    ) -> Tensor:
         """Each row times its expert's matrix.
 
         x: [N, in], rows sorted by expert; counts: [E] int64, rows of each; bias_weights: [N, 1],
-        what multiplies the bias of each row, None: 1. Returns [N, out].
+        what multiplies the bias of each row, None: 1; backend: how the products run, a row of
+        `layers.grouped.BACKENDS`. Returns [N, out].
         """
         c = self.correction
         if c is None:
-            y = expert_linear(x, self.weight, counts, self)
+            y = expert_linear(x, self.weight, counts, self, backend)
         else:
             y = c.corrected(
-                expert_linear(c.shifted(x, counts), self.weight, counts, self), x, counts
+                expert_linear(c.shifted(x, counts), self.weight, counts, self, backend), x, counts
             )
         if self.bias is None:
             return y
-        bias = self.bias.repeat_interleave(counts, dim=0, output_size=y.shape[0])
+        bias = F.embedding(expert_of_rows(counts, y.shape[0]), self.bias)
         return y + (bias if bias_weights is None else bias * bias_weights).to(y.dtype)
 
     def one(self, x: Tensor, expert: int, bias_weights: Tensor | None = None) -> Tensor:

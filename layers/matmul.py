@@ -44,18 +44,21 @@ def linear(
     return y if bias is None else y + bias
 
 
-def expert_linear(x: Tensor, w: Weight, counts: Tensor, leaf: Leaf) -> Tensor:
+def expert_linear(
+    x: Tensor, w: Weight, counts: Tensor, leaf: Leaf, backend: str = "auto"
+) -> Tensor:
     """x: [N, in], rows sorted by expert; w: [E, out, in]; counts: [E]. Returns [N, out].
 
-    No block and no scale mixes two experts.
+    No block and no scale mixes two experts. backend: how the three products run, a row of
+    `layers.grouped.BACKENDS`; operands are quantised before, alike for all.
     """
     if isinstance(w, PACKED):
-        return _packed(x, w, counts, leaf)
+        return _packed(x, w, counts, leaf, backend=backend)
     p = leaf.precision
     if p is None or p.is_cast:
         dtype = x.dtype if p is None else p.dtype
-        return grouped_linear(x.to(dtype), w, counts)
-    return _quantized(x, w, counts, p, leaf)
+        return grouped_linear(x.to(dtype), w, counts, backend)
+    return _quantized(x, w, counts, p, leaf, backend=backend)
 
 
 def lookup(table: Weight, ids: Tensor, weights: Tensor, leaf: Leaf) -> Tensor:
@@ -99,16 +102,16 @@ def _state(leaf: Leaf, expert: int | None) -> _State:
 
 def _quantized(
     x: Tensor, w: Tensor, counts: Tensor | None, p: LeafPrecision, leaf: Leaf,
-    expert: int | None = None,
+    expert: int | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    y = _QuantizedMatmul.apply(x, w, counts, *_state(leaf, expert), p, leaf.observer)
+    y = _QuantizedMatmul.apply(x, w, counts, *_state(leaf, expert), p, leaf.observer, backend)
     assert isinstance(y, Tensor)
     return y
 
 
 def _packed(
     x: Tensor, w: Packed | PackedWeight, counts: Tensor | None, leaf: Leaf,
-    expert: int | None = None,
+    expert: int | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     packed, p = usable(w, x, leaf, as_rows=False), leaf.precision
     assert p is not None
@@ -117,7 +120,7 @@ def _packed(
     xq = q("fprop_x", x, -1)
     if isinstance(xq, Coded):
         raise ValueError("packed weights have no backend 'hardware': set it to 'emulated'")
-    return packed_fprop(xq, packed, counts, p.product_dtype("fprop")).to(p.dtype)
+    return packed_fprop(xq, packed, counts, p.product_dtype("fprop"), backend).to(p.dtype)
 
 
 class _Operands:
@@ -190,10 +193,10 @@ class _QuantizedMatmul(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, counts: Tensor | None, key: Tensor | None,
         scales: Tensor | None, peaks: Tensor | None, p: LeafPrecision,
-        observer: Callable[..., None] | None,
+        observer: Callable[..., None] | None, backend: str,
     ) -> Tensor:  # fmt: skip
         ends = None if counts is None else counts.cumsum(0)
-        ctx.p, ctx.observer = p, observer
+        ctx.p, ctx.observer, ctx.backend = p, observer, backend
         q = _Operands(p, _State(key, scales, peaks), observer, ends)
         xq, wq = q("fprop_x", x, -1), q("fprop_w", w, -1)
         kept = (x, w) if p.saved == "original" else (_folded(xq), _folded(wq))
@@ -205,7 +208,7 @@ class _QuantizedMatmul(torch.autograd.Function):
         ctx.save_for_backward(*kept, *masks, counts, ends, key, scales)
         ctx.peaks = peaks  # raised in place by every call, so no version of it is kept
         ctx.dtypes, ctx.width = (x.dtype, w.dtype), x.shape[-1]
-        return fprop(xq, wq, counts).to(p.dtype)
+        return fprop(xq, wq, counts, backend).to(p.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -217,12 +220,13 @@ class _QuantizedMatmul(torch.autograd.Function):
         q = _Operands(p, _State(key, scales, ctx.peaks), ctx.observer, ends)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = dgrad(q("dgrad_dy", dy, -1), q("dgrad_w", w, -2), counts)
+            dx = dgrad(q("dgrad_dy", dy, -1), q("dgrad_w", w, -2), counts, ctx.backend)
             dx = _back(dx, x_mask, q, ctx.width).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            dw = wgrad(q("wgrad_dy", dy, -2), q("wgrad_x", x, -2), counts, ctx.dtypes[1])
+            operands = q("wgrad_dy", dy, -2), q("wgrad_x", x, -2)
+            dw = wgrad(*operands, counts, ctx.dtypes[1], ctx.backend)
             dw = _back(dw, w_mask, q, ctx.width)
-        return dx, dw, *[None] * 6
+        return dx, dw, *[None] * 7
 
 
 def _folded(q: Quantized | Coded) -> Tensor:

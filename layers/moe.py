@@ -1,4 +1,6 @@
-"""Token-choice mixture of experts, dropless (arXiv:1701.06538; the expert: arXiv:2002.05202).
+"""Token-choice mixture of experts (arXiv:1701.06538; the expert: arXiv:2002.05202).
+
+It drops no choice, unless a capacity is set (arXiv:2101.03961, eq. 3; see `layers.capacity`).
 
 Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.06066, eq. 9); with
 a gate they are Qwen2-MoE's (arXiv:2407.10671, released code).
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.base import Cost, FFNOutput, Routing, WeightCost
+from layers.capacity import Capacity, check_capacity, is_causal
 from layers.dispatch import count_experts, is_decoding
 from layers.experts import Experts, ExpertsConfig, default_d_expert
 from layers.linear import Linear
@@ -22,7 +25,7 @@ class MoEConfig:
     """Sizes of a mixture of experts."""
 
     d_model: int
-    d_expert: int | None = None  # hidden width F of one expert; None: top_k make a default swiglu
+    d_expert: int | None = None  # hidden width F of one expert; None: top_k make a default FFN
     n_experts: int = 8
     top_k: int = 2
     n_shared: int = 0  # experts that every token visits, as one swiglu n_shared * d_expert wide
@@ -30,12 +33,21 @@ class MoEConfig:
     activation: str = "silu"  # of the gate, as swiglu's; as mlp's where not gated
     gated: bool = True  # False: two matrices an expert, as Switch has them
     bias: bool = False  # on every matrix of every expert (gpt-oss)
+    backend: str = "auto"  # how experts multiply, see `Experts`; "capacity" needs both factors
+    capacity_factor: float | None = None  # in training, see `layers.capacity`; None: no limit
+    eval_capacity_factor: float | None = None  # in evaluation; a single token keeps all choices
+    capacity_pool: str = "micro_batch"  # what a capacity is counted in, or each "sequence"
+    priority: str = "position"  # who stays: "position", "choice", "batch" or "weight"
 
     def __post_init__(self) -> None:
         check_positive(d_model=self.d_model, n_experts=self.n_experts, top_k=self.top_k)
         _ = self.experts  # its own checks
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k must be at most n_experts={self.n_experts}, got {self.top_k}")
+        check_capacity(
+            self.backend, self.capacity_pool, self.priority, self.capacity_factor,
+            self.eval_capacity_factor,
+        )  # fmt: skip
         if self.n_shared < 0:
             raise ValueError(f"n_shared must not be negative, got {self.n_shared}")
         if self.shared_gate and not self.n_shared:
@@ -50,7 +62,7 @@ class MoEConfig:
     def hidden(self) -> int:
         """F of one expert, with the default filled in."""
         if self.d_expert is None:
-            return default_d_expert(self.d_model, max(self.top_k, 1))
+            return default_d_expert(self.d_model, max(self.top_k, 1), self.gated)
         return self.d_expert
 
     @property
@@ -71,13 +83,31 @@ class MoEConfig:
         """The routed experts."""
         return ExpertsConfig(
             d_model=self.d_model, d_expert=self.hidden, n_experts=self.n_experts,
-            activation=self.activation, gated=self.gated, bias=self.bias,
+            activation=self.activation, gated=self.gated, bias=self.bias, backend=self.backend,
         )  # fmt: skip
 
-    def cost(self) -> Cost:
-        """One token's cost; the router counts its own."""
-        routed = self.experts.cost(self.top_k).within("experts.")
-        return routed + self._shared_cost()
+    @property
+    def causal(self) -> bool:
+        """Whether no token's output depends on later tokens."""
+        return is_causal(self.priority, self.capacity_factor, self.eval_capacity_factor)
+
+    def capacity(self, training: bool) -> Capacity | None:
+        """What each expert takes, in training or in evaluation; None: no limit."""
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            return None
+        slots = (factor * self.top_k / self.n_experts,) * self.n_experts
+        return Capacity(slots=slots, pool=self.capacity_pool, priority=self.priority)
+
+    def cost(self, assignments: float | None = None) -> Cost:
+        """One token's cost; the router counts its own.
+
+        Args:
+            assignments: routed experts that run for a token, as measured, where a router or a
+                capacity leaves some out; None: top_k, which ReMoE aims at and the others choose.
+        """
+        active = self.top_k if assignments is None else assignments
+        return self.experts.cost(active).within("experts.") + self._shared_cost()
 
     def _shared_cost(self) -> Cost:
         if self.shared is None:
@@ -150,17 +180,22 @@ class MoE(nn.Module):
         """x: [B, S, D]; carry: [B, S, E'] for routers that read it; mask: [B, S] bool."""
         c = self.config
         tokens, carry, mask = flatten_inputs(x, carry, mask)
-        routing, keep = route(self.router, tokens, carry, mask, x.shape[0])
+        routing, chosen = route(self.router, tokens, carry, mask, x.shape[0])
         check_routing(routing, c.n_experts)
+        keep, rows = chosen, None  # [T, K]; the most rows of an expert
+        capacity = None if is_decoding(tokens) else c.capacity(self.training)
+        if capacity is not None:
+            keep = capacity.keep(routing, chosen, mask, x.shape[0])
+            rows = capacity.most_rows(c.n_experts, len(tokens), x.shape[0])
         weighs = "input" if getattr(self.router, "weights_input", False) else "output"
-        y = self.experts(tokens, routing.experts, routing.weights, keep, weighs)
+        y = self.experts(tokens, routing.experts, routing.weights, keep, weighs, rows)
         y = y.view_as(x)
         if self.shared is not None:
             y = y + self._shared(tokens.view_as(x))
         return FFNOutput(
             y=y.type_as(x),
             losses=routing.losses,
-            stats=None if is_decoding(tokens) else self._stats(routing, keep),
+            stats=None if is_decoding(tokens) else self._stats(routing, keep, chosen),
             carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
@@ -173,8 +208,13 @@ class MoE(nn.Module):
         gate = self.shared_gate(x)  # [B, S, 1]
         return y * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().type_as(y)
 
-    def _stats(self, routing: Routing, keep: Tensor | None) -> dict[str, Tensor]:
-        counts = count_experts(routing.experts, self.config.n_experts, keep)
+    def _stats(
+        self, routing: Routing, keep: Tensor | None, chosen: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Assignments that ran, by expert; those dropped by capacity; none are without an FFN."""
+        n, experts = self.config.n_experts, routing.experts
+        counts = count_experts(experts, n, keep)
         none = counts.new_zeros(())
-        stats = {"counts": counts, "dropped": none, "zero_computation": none}
+        dropped = none if keep is chosen else count_experts(experts, n, chosen).sum() - counts.sum()
+        stats = {"counts": counts, "dropped": dropped, "zero_computation": none}
         return stats | (routing.stats or {})

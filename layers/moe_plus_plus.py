@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from layers.base import Cost, FFNOutput, Routing, WeightCost
-from layers.capacity import within_capacity
+from layers.base import Cost, FFNOutput, WeightCost
+from layers.capacity import Capacity, check_capacity, is_causal
 from layers.dispatch import count_experts, is_decoding
 from layers.experts import Experts, ExpertsConfig, default_d_expert
 from layers.linear import ValueTable, linear
@@ -93,21 +93,25 @@ class MoEPlusPlusConfig(Kinds):
     tau: float = 0.75  # as the router's: share of an FFN expert's use to a zero-computation one's
     zero_computation_share: float | None = None  # as the router's: wanted in place of what tau says
     capacity_factor: float | None = 1.1  # gamma, in training; None: dropless
+    eval_capacity_factor: float | None = None  # in evaluation; the released code has none
     capacity_of: str = "assignments"  # gamma times T K slots; "tokens": times T, the paper's letter
-    priority: str = "position"  # who stays: the first tokens, or the largest "weight"
+    capacity_pool: str = "micro_batch"  # as `moe`'s
+    priority: str = "position"  # as `moe`'s: who stays
     limit_zero_computation: bool = True  # capacity holds for zero-computation experts too
     input_scale: float = 1.0  # on what experts of every kind read; the code's default was top_k
+    backend: str = "auto"  # how FFN experts multiply, as `moe`'s
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(top_k=self.top_k, tau=self.tau, input_scale=self.input_scale)
         _ = self.experts  # its own checks
         check_choice("capacity_of", self.capacity_of, ("assignments", "tokens"))
-        check_choice("priority", self.priority, ("position", "weight"))
+        check_capacity(
+            self.backend, self.capacity_pool, self.priority, self.capacity_factor,
+            self.eval_capacity_factor,
+        )  # fmt: skip
         if self.zero_computation_share is not None:
             self.check_share(self.zero_computation_share, self.top_k)
-        if self.capacity_factor is not None:
-            check_positive(capacity_factor=self.capacity_factor)
         if self.top_k > self.n_routes:
             raise ValueError(
                 f"top_k must be at most the {self.n_routes} experts of all kinds, got {self.top_k}"
@@ -125,7 +129,7 @@ class MoEPlusPlusConfig(Kinds):
         """The FFN experts."""
         return ExpertsConfig(
             d_model=self.d_model, d_expert=self.hidden, n_experts=self.n_experts,
-            activation=self.activation,
+            activation=self.activation, backend=self.backend,
         )  # fmt: skip
 
     @property
@@ -146,18 +150,34 @@ class MoEPlusPlusConfig(Kinds):
 
     @property
     def slots(self) -> tuple[float, ...]:
-        """Capacity of each expert per real token, before rounding up (moe.md 4.5).
+        """Capacity of each expert in training, per real token, before rounding up (moe.md 4.5).
 
         The paper counts gamma T slots in all, for K T assignments: taken literally, almost half
         of them are dropped. So T is read as the number of assignments, unless `capacity_of` says
         "tokens". An expert without a limit has infinitely many.
         """
-        if self.capacity_factor is None:
+        return self._slots(self.capacity_factor)
+
+    def _slots(self, factor: float | None) -> tuple[float, ...]:
+        if factor is None:
             return (math.inf,) * self.n_routes
         per_token = self.top_k if self.capacity_of == "assignments" else 1
-        free = self.capacity_factor * per_token * self.designed_share
+        free = factor * per_token * self.designed_share
         rest = free if self.limit_zero_computation else math.inf
         return (self.designed_tau * free,) * self.n_experts + (rest,) * self.n_zero_computation
+
+    def capacity(self, training: bool) -> Capacity | None:
+        """What each expert takes, in training or in evaluation; None: no limit."""
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            return None
+        pool, priority = self.capacity_pool, self.priority
+        return Capacity(slots=self._slots(factor), pool=pool, priority=priority)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token's output depends on later tokens."""
+        return is_causal(self.priority, self.capacity_factor, self.eval_capacity_factor)
 
     def cost(self, assignments: float | None = None) -> Cost:
         """One token's cost; the router counts its own.
@@ -240,11 +260,15 @@ class MoEPlusPlus(nn.Module):
         if c.input_scale != 1:
             tokens = tokens * c.input_scale  # after the router has read them
 
-        keep = self._keep(routing, chosen, mask)  # [T, K]
+        keep, rows = chosen, None  # [T, K]; the most rows of an FFN expert
+        capacity = None if is_decoding(tokens) else c.capacity(self.training)
+        if capacity is not None:
+            keep = capacity.keep(routing, chosen, mask, x.shape[0])
+            rows = capacity.most_rows(c.n_experts, len(tokens), x.shape[0])
         weights = routing.weights if keep is None else routing.weights.masked_fill(~keep, 0)
         is_ffn = None if not c.n_zero_computation else routing.experts < c.n_experts
         planned = keep if is_ffn is None else is_ffn if keep is None else keep & is_ffn
-        y = self.experts(tokens, routing.experts, weights, planned).type_as(x)
+        y = self.experts(tokens, routing.experts, weights, planned, capacity=rows).type_as(x)
         if c.constants + c.n_copy:
             y = self._add_zero_computation(y, tokens, routing.experts, weights)
         return FFNOutput(
@@ -271,19 +295,6 @@ class MoEPlusPlus(nn.Module):
             of_input = of_input + share[..., 0]
             y = y + self.constant(which, share[..., 1]).type_as(y)
         return torch.addcmul(y, tokens, of_input.sum(-1, keepdim=True).type_as(y))
-
-    def _keep(self, routing: Routing, chosen: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """[T, K] bool: assignments that hold and are not over capacity; None: all.
-
-        chosen: [T, K] bool, those that the router means, of real tokens; mask: [T] bool.
-        """
-        c = self.config
-        if c.capacity_factor is None or not self.training:
-            return chosen
-        slots = torch.tensor(c.slots, dtype=torch.float64, device=routing.experts.device)
-        by = routing.weights if c.priority == "weight" else None
-        keep = within_capacity(routing.experts, slots, mask, by)
-        return keep if routing.keep is None else keep & routing.keep
 
     def _stats(
         self, experts: Tensor, keep: Tensor | None, chosen: Tensor | None

@@ -7,19 +7,29 @@ which is exact where folding them into an operand would round it (precision.md s
 import torch
 from torch import Tensor
 
+from layers.batched import expert_of_rows
 from layers.grouped import grouped_mm, grouped_mm_dx, grouped_wgrad, scale_rows_
 from layers.precision import hardware
 from layers.precision.coded import Coded
 from layers.precision.quantize import Quantized
 
 
-def fprop(x: Quantized | Coded, w: Quantized | Coded, counts: Tensor | None) -> Tensor:
-    """y = x w^T. x: [M, K]; w: [O, K] or [E, O, K]. Returns [M, O]."""
+def fprop(
+    x: Quantized | Coded, w: Quantized | Coded, counts: Tensor | None, backend: str = "auto"
+) -> Tensor:
+    """y = x w^T. x: [M, K]; w: [O, K] or [E, O, K]. Returns [M, O].
+
+    backend: of products by expert, a row of `layers.grouped.BACKENDS`.
+    """
     if isinstance(x, Coded) and isinstance(w, Coded):
+        _check_by_expert(backend)
         return hardware.fprop(x, w, counts)
     assert isinstance(x, Quantized)
     assert isinstance(w, Quantized)
-    y = x.values @ w.values.mT if counts is None else grouped_mm(x.values, w.values, counts)
+    if counts is None:
+        y = x.values @ w.values.mT
+    else:
+        y = grouped_mm(x.values, w.values, counts, backend)
     return epilogue(y, x.scale, w.scale, counts)
 
 
@@ -32,7 +42,9 @@ def epilogue(
     return _scaled_rows(y, x_scale, _transposed(w_scale), counts)
 
 
-def dgrad(dy: Quantized | Coded, w: Quantized | Coded, counts: Tensor | None) -> Tensor:
+def dgrad(
+    dy: Quantized | Coded, w: Quantized | Coded, counts: Tensor | None, backend: str = "auto"
+) -> Tensor:
     """dx = dy w. dy: [M, O']; w: [O', K] or [E, O', K]. Returns [M, K]."""
     if isinstance(dy, Coded) and isinstance(w, Coded):
         return hardware.dgrad(dy, w, counts)
@@ -40,12 +52,14 @@ def dgrad(dy: Quantized | Coded, w: Quantized | Coded, counts: Tensor | None) ->
     assert isinstance(w, Quantized)
     if counts is None:
         return _scaled(dy.values @ w.values, dy.scale, w.scale)
-    return _scaled_rows(grouped_mm_dx(dy.values, w.values, counts), dy.scale, w.scale, counts)
+    dx = grouped_mm_dx(dy.values, w.values, counts, backend)
+    return _scaled_rows(dx, dy.scale, w.scale, counts)
 
 
 def wgrad(
-    dy: Quantized | Coded, x: Quantized | Coded, counts: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+    dy: Quantized | Coded, x: Quantized | Coded, counts: Tensor | None, dtype: torch.dtype,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """dw = dy^T x. dy: [M', O]; x: [M', K]. Returns [O, K] or [E, O, K] in dtype."""
     if isinstance(dy, Coded) and isinstance(x, Coded):
         return hardware.wgrad(dy, x, counts, dtype)
@@ -55,11 +69,19 @@ def wgrad(
         return _scaled((dy.values.mT @ x.values).to(dtype), _transposed(dy.scale), x.scale)
     if dy.ends is not None:
         counts = torch.diff(dy.ends, prepend=dy.ends.new_zeros(1))
-    dw = grouped_wgrad(dy.values, x.values, counts, dtype)
+    dw = grouped_wgrad(dy.values, x.values, counts, dtype, backend)
     by_expert = [s for s in (dy.scale, x.scale) if s is not None and s.dim() == 1]
     if len(by_expert) == 2:  # one number for each expert, multiplied first as a single layer's are
         return dw.mul_((by_expert[0] * by_expert[1])[:, None, None])
     return _scaled(dw, _transposed(_widened(dy.scale)), _widened(x.scale))
+
+
+def _check_by_expert(backend: str) -> None:
+    if backend not in ("auto", "loop"):
+        raise ValueError(
+            "the precision's backend 'hardware' multiplies expert by expert: set the experts' "
+            f"backend to 'auto' or 'loop', got {backend!r}"
+        )
 
 
 def _widened(scale: Tensor | None) -> Tensor | None:
@@ -91,5 +113,5 @@ def _scaled_rows(y: Tensor, x: Tensor | None, w: Tensor | None, counts: Tensor) 
     if x is not None and x.dim() == 2:
         y = y.mul_(x)
     if w is not None and w.dim() == 3:
-        y = y.mul_(w[:, 0].repeat_interleave(counts, 0, output_size=y.shape[0]))
+        y = y.mul_(w[:, 0][expert_of_rows(counts, y.shape[0])])
     return y

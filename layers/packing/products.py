@@ -8,6 +8,7 @@ only those that have rows. A table decodes the rows that are looked up.
 import torch
 from torch import Tensor
 
+from layers.batched import expert_of_rows
 from layers.grouped import grouped_mm
 from layers.packing.weight import Packed, PackedWeight
 from layers.precision.leaf import Leaf
@@ -42,18 +43,23 @@ def usable(w: Packed | PackedWeight, x: Tensor, leaf: Leaf, *, as_rows: bool) ->
     return packed
 
 
-def packed_fprop(x: Quantized, w: Packed, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y = x w^T in dtype. x: [M, K]; w: [O, K], or [E, O, K] with counts [E]. Returns [M, O]."""
+def packed_fprop(
+    x: Quantized, w: Packed, counts: Tensor | None, dtype: torch.dtype, backend: str = "auto"
+) -> Tensor:
+    """y = x w^T in dtype. x: [M, K]; w: [O, K], or [E, O, K] with counts [E]. Returns [M, O].
+
+    backend: how decoded experts are multiplied, a row of `layers.grouped.BACKENDS`. All but "auto"
+    and "loop" decode the whole stack.
+    """
     few = x.values.shape[0] <= FEW
     above = w.tensor_scale
     if few:
         which = None
         if counts is not None:
-            experts = torch.arange(counts.shape[0], device=counts.device)
-            which = experts.repeat_interleave(counts, output_size=x.values.shape[0])
+            which = expert_of_rows(counts, x.values.shape[0])
         return epilogue(w.multiply(x.values, which).to(dtype), x.scale, above, counts)
-    if counts is None or x.values.is_cuda:  # there no count is read by the host
-        return fprop(x, Quantized(w.decode(dtype), above), counts)
+    if counts is None or x.values.is_cuda or backend not in ("auto", "loop"):  # no host read
+        return fprop(x, Quantized(w.decode(dtype), above), counts, backend)
     y = x.values.new_empty(x.values.shape[0], w.shape[-2])
     start = 0
     for expert, size in enumerate(counts.tolist()):
