@@ -1,8 +1,12 @@
 """What there is: the FFN variants and the routers, one row each."""
 
+from layers import memory_plus, peer, pkm
+from layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from layers.mlp import MLP, MLPConfig
 from layers.moe import MoE, MoEConfig
 from layers.moe_plus_plus import PRESETS, MoEPlusPlus, MoEPlusPlusConfig
+from layers.peer import PEER, PEERConfig
+from layers.pkm import PKM, PKMConfig
 from layers.soft_moe import SoftMoE, SoftMoEConfig
 from layers.spt_ffn import SPTFFN, SPTFFNConfig
 from layers.swiglu import SwiGLU, SwiGLUConfig
@@ -23,6 +27,7 @@ from routers.spt import SPTRouter, SPTRouterConfig
 from routers.top_k import TopKRouter, TopKRouterConfig
 from routers.vmoe import VMoERouter, VMoERouterConfig
 from zoo.entry import Entry
+from zoo.mixtures import MIXTURES
 
 # fmt: off
 FFNS = (
@@ -57,6 +62,7 @@ FFNS = (
         tiny={"d_model": 32, "d_expert": 32, "n_experts": 4, "top_k": 2},
         presets=PRESETS,
     ),
+    *MIXTURES,
     Entry(
         name="expert_choice", module=MoE, config=MoEConfig, width="d_expert",
         router="expert_choice",
@@ -75,6 +81,27 @@ FFNS = (
         summary="dense FFN of which a token runs some blocks, low-rank factors as an option",
         paper="arXiv:2312.10365",
         tiny={"d_model": 32, "d_ff": 128, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="pkm", module=PKM, config=PKMConfig, width="d_key",
+        summary="memory of values found by product keys, queries batch-normed",
+        paper="arXiv:1907.05242", aliases=("product_key_memory",),
+        tiny={"d_model": 32, "n_keys": 8, "heads": 2, "top_k": 4, "d_key": 16},
+        presets=pkm.PRESETS,
+    ),
+    Entry(
+        name="peer", module=PEER, config=PEERConfig, width="d_key",
+        summary="many single-neuron experts found by product keys",
+        paper="arXiv:2407.04153",
+        tiny={"d_model": 32, "n_keys": 8, "heads": 2, "top_k": 4, "d_key": 16},
+        presets=peer.PRESETS,
+    ),
+    Entry(
+        name="memory_plus", module=MemoryPlus, config=MemoryPlusConfig, width="d_key",
+        summary="product-key memory whose output is gated by the input: Memory+, or plain Memory",
+        paper="arXiv:2412.09764",
+        tiny={"d_model": 32, "n_keys": 8, "heads": 2, "top_k": 4, "d_key": 16},
+        presets=memory_plus.PRESETS,
     ),
 )
 

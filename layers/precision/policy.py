@@ -14,8 +14,9 @@ from layers.precision.operands import BACKENDS, GEMMS, LeafPrecision
 from layers.selection import select_layers
 
 # Never on a coarse grid unless a rule says so by role: a changed score changes which expert runs.
-HIGH_ROLES = ("router", "norm", "embedding", "head", "constant", "product_keys")
-ROLES = ("ffn", "expert", "attention", "memory_values", *HIGH_ROLES)  # a variant may add its own
+HIGH_ROLES = ("router", "norm", "embedding", "head", "constant", "product_keys", "depthwise")
+# a variant may add its own
+ROLES = ("ffn", "expert", "attention", "memory_values", "query_proj", *HIGH_ROLES)
 
 
 @dataclass(frozen=True, kw_only=True)
