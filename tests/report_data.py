@@ -209,3 +209,46 @@ def _layer(layer: int, names: list[str], n: int, rng: Random) -> dict[str, Any]:
         "dead": sum(s < 0.1 / n for s in shares),
         "zero_computation_share": 1 - ffn / sum(counts),
     }
+
+
+def with_health(results: dict[str, Any]) -> dict[str, Any]:
+    """The same, its mixtures' routers watched: a record per layer and figures along the curve."""
+    runs = [{**r, **_health(r)} if r["load"] else r for r in results["runs"]]
+    return {**results, "runs": runs}
+
+
+def _health(r: dict[str, Any]) -> dict[str, Any]:
+    rng = Random(f"health/{r['id']}")
+    layers = [_layer_health(load, rng) for load in r["load"]]
+    curve = []
+    for i, point in enumerate(r["curve"]):
+        figures = {"load/dropped": 0.08 * exp(-i / 5) * rng.uniform(0.8, 1.2)}
+        if point["eval_bpb"] is not None:
+            figures["load/max_violation"] = 1.8 * exp(-i / 8) + 0.2 + rng.random() / 10
+            figures["router/confidence"] = 0.2 + 0.02 * i
+            figures["router/kept"] = 1 - 0.5 * exp(-i / 6)
+        curve.append({**point, "router": figures})
+    return {"health": layers, "curve": curve}
+
+
+def _layer_health(load: dict[str, Any], rng: Random) -> dict[str, Any]:
+    """Top 2: pairs that add up to the counts, and a liking of neighbours for one another."""
+    n = len(load["experts"])
+    pairs = [[0.0] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(i):
+            pairs[i][j] = pairs[j][i] = round(60 * rng.random() * (4 if i - j == 1 else 1))
+    for i in range(n):
+        pairs[i][i] = sum(pairs[i])
+    return {
+        "layer": load["layer"],
+        "experts_per_token": 2.0,
+        "confidence": rng.uniform(0.3, 0.6),
+        "token_entropy": rng.uniform(0.5, 0.9),
+        "margin": rng.uniform(0.1, 0.3),
+        "information": rng.uniform(0.1, 0.5),
+        "near_ties": rng.uniform(0, 0.03),
+        "logit_rms": rng.uniform(1, 3),
+        "pair_experts": list(range(n)),
+        "pairs": pairs,
+    }
