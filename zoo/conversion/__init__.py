@@ -8,8 +8,9 @@ from zoo.conversion.grouping import (
     random_groups,
 )
 from zoo.conversion.layer import Converted, LayerReceipt, convert_ffn, dense_of, receipt
-from zoo.conversion.methods import METHODS, ConversionOptions, options_for
+from zoo.conversion.methods import METHODS, options_for
 from zoo.conversion.model import Conversion, convert
+from zoo.conversion.options import ConversionOptions
 from zoo.conversion.prior import expert_outputs, layer_pa_loss, pa_labels, pa_loss
 from zoo.conversion.stacks import (
     DenseFFN,
