@@ -1,9 +1,9 @@
 """How far routers have settled: the share of choices kept since the evaluation before.
 
-The choices for the same held-out tokens are kept from one evaluation to the next, at most 1 MiB of
-them, as tensors that a checkpoint takes; so a resumed run finds the share that an uninterrupted one
-does. OLMoE's saturation (arXiv:2409.02060, sec. 4.1) is the same with the last checkpoint in place
-of the one before.
+The choices for the same held-out tokens are kept from one evaluation to the next, a sample of 1 MiB
+at most, as tensors that a checkpoint takes; so a resumed run finds the share that an uninterrupted
+one does. OLMoE's saturation (arXiv:2409.02060, sec. 4.1) is the same with the last checkpoint in
+place of the one before.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from layers.base import Routing
 from recipes.batches import Batch
+from routers.random import GOLDEN, mixed
 
 MOST_KEPT = 2**18  # choices, 4 bytes each
 NONE = -1  # in place of a choice that does not hold
@@ -23,7 +24,7 @@ NONE = -1  # in place of a choice that does not hold
 class Choices(NamedTuple):
     """What routers chose for N tokens."""
 
-    tokens: Tensor  # [N] int32, the tokens' ids: whose choices these are
+    keys: Tensor  # [N] int64, rising: whose choices these are (`token_keys`)
     experts: Tensor  # [N, sum of K over the layers] int32; NONE where a choice does not hold
     widths: tuple[int, ...]  # K of each layer
 
@@ -36,7 +37,7 @@ class Choices(NamedTuple):
         """The choices that were kept; None where there were none."""
         if state is None:
             return None
-        return cls(state["tokens"], state["experts"], tuple(state["widths"]))
+        return cls(state["keys"], state["experts"], tuple(state["widths"]))
 
 
 def agreement(before: Choices | None, now: Choices | None) -> tuple[float, float] | None:
@@ -49,7 +50,7 @@ def agreement(before: Choices | None, now: Choices | None) -> tuple[float, float
     """
     if before is None or now is None or before.widths != now.widths:
         return None
-    if len(now.tokens) == 0 or not torch.equal(before.tokens, now.tokens):
+    if len(now.keys) == 0 or not torch.equal(before.keys, now.keys):
         return None
     held = kept = 0
     jaccard = 0.0
@@ -65,22 +66,21 @@ def agreement(before: Choices | None, now: Choices | None) -> tuple[float, float
 
 
 class ChoiceLog(Metric):
-    """The choices for evenly spaced tokens of an evaluation: every 1st, 2nd, 4th, ... real one.
+    """The choices for some tokens of an evaluation: those of the smallest keys, as many as fit.
 
-    As sparse as MOST_KEPT asks for, with no look ahead: where there are too many, every second is
-    dropped. Each process thins its own tokens; `value` is of all.
+    A key is a hash of a token's window and place in it, so the sample is a random one, and the same
+    in whatever batches, in whatever order and on however many processes the windows come.
     """
 
     full_state_update = False
-    tokens: list[Tensor] | Tensor  # one tensor [N]; concatenated over the processes in `compute`
+    keys: list[Tensor] | Tensor  # one tensor [N]; concatenated over the processes in `compute`
     experts: list[Tensor] | Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("tokens", [], dist_reduce_fx="cat")
+        self.add_state("keys", [], dist_reduce_fx="cat")
         self.add_state("experts", [], dist_reduce_fx="cat")
         self.widths: tuple[int, ...] = ()
-        self.stride, self.seen = 1, 0
 
     def update(self, seen: Mapping[int, Routing], batch: Batch) -> None:
         """Add one batch. seen: as `recipes.health.watched` gives it."""
@@ -88,36 +88,44 @@ class ChoiceLog(Metric):
         routings = [seen[layer] for layer in sorted(seen) if len(seen[layer].experts) == n]
         if not routings:
             return
-        real = torch.arange(n, device=batch.tokens.device)
-        if batch.mask is not None:
-            real = real[batch.mask.flatten()]
-        first = -self.seen % self.stride
-        self.seen += len(real)
-        rows = real[first :: self.stride]
         self.widths = tuple(routing.experts.shape[-1] for routing in routings)
-        parts = [_held(routing)[rows] for routing in routings]
-        added = batch.tokens.flatten()[rows].int(), torch.cat(parts, dim=-1).int()
-        tokens, experts = (
-            torch.cat([*old, new.to(self.device)])
-            for old, new in zip((self.tokens, self.experts), added, strict=True)
+        keys = token_keys(batch).flatten()
+        experts = torch.cat([_held(routing) for routing in routings], dim=-1).int()
+        if batch.mask is not None:
+            real = batch.mask.flatten()
+            keys, experts = keys[real], experts[real]
+        keys, experts = (x.to(self.device) for x in (keys, experts))
+        self.keys, self.experts = (
+            [x]
+            for x in _smallest(torch.cat([*self.keys, keys]), torch.cat([*self.experts, experts]))
         )
-        while experts.numel() > MOST_KEPT and len(experts) > 1:
-            self.stride *= 2
-            tokens, experts = tokens[::2], experts[::2]
-        self.tokens, self.experts = [tokens], [experts]
 
     def compute(self) -> tuple[list[Tensor] | Tensor, list[Tensor] | Tensor]:
-        """Ids and choices of all processes."""
-        return self.tokens, self.experts
+        """Keys and choices of all processes."""
+        return self.keys, self.experts
 
     def value(self) -> Choices | None:
         """The choices of all processes; None where no router was seen."""
         if not self.widths:
             return None
-        tokens, experts = (
+        keys, experts = (
             torch.cat(part) if isinstance(part, list) else part for part in self.compute()
         )
-        return Choices(tokens.reshape(-1), experts.reshape(-1, sum(self.widths)), self.widths)
+        experts = experts.reshape(-1, sum(self.widths))  # one number comes without axes
+        return Choices(*_smallest(keys.reshape(-1), experts), self.widths)
+
+
+def token_keys(batch: Batch) -> Tensor:
+    """[B, S] int64, alike for tokens at the same place of equal windows of one domain alone."""
+    places = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device) * GOLDEN  # [S]
+    window = mixed(batch.tokens + places).sum(-1, keepdim=True)  # [B, 1]
+    return mixed(mixed(window + (batch.domain or 0)) + places)
+
+
+def _smallest(keys: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """By key, as many as MOST_KEPT allows. keys: [N]; experts: [N, sum of K]."""
+    order = keys.sort(stable=True).indices[: max(MOST_KEPT // experts.shape[-1], 1)]
+    return keys[order], experts[order]
 
 
 def _held(routing: Routing) -> Tensor:
