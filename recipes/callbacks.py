@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from layers.precision.random import mixed as key_of
 from recipes.curve import Curve
+from recipes.ranks import data_rank
 from recipes.record import replacing
+from recipes.sharded import check_files, put_together, read_meta, sweep
 
 LINE_EVERY_S = 15.0  # where the output is no terminal
 BAR_EVERY_S = 0.2
@@ -38,7 +40,7 @@ class SeedEachBatch(Callback):
         """
         k = trainer.accumulate_grad_batches
         micro_batch = trainer.global_step * k + batch_idx % k
-        seed = mixed(self.seed, micro_batch, trainer.global_rank)
+        seed = mixed(self.seed, micro_batch, data_rank(trainer).rank)
         torch.default_generator.manual_seed(seed)
         if pl_module.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -84,6 +86,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         """Written straight to disk beside `path`, then moved over it."""
         with replacing(Path(path)) as part:
             torch.save(checkpoint, part)
+        sweep(Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
@@ -97,14 +100,17 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, read with weights_only.
+    """A checkpoint, read with weights_only; one in shards is put together.
 
     Raises:
         ValueError: when the file is missing, cut short or otherwise damaged.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"no checkpoint {path}")
     try:
+        if path.is_dir():
+            check_files(path)
+            return put_together(path.resolve())
         with zipfile.ZipFile(path) as archive:  # torch.load itself reads on over flipped bits
             broken = archive.testzip()
         if broken:
@@ -112,13 +118,38 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         complete = {"state_dict", "loops", "callbacks", "optimizer_states"} <= checkpoint.keys()
     except Exception as error:  # torch, zip and pickle raise a dozen kinds
-        reason = " ".join(str(error).split())[:80]
-        raise ValueError(
-            f"checkpoint {path} is damaged ({reason}): delete it to train from the start"
-        ) from None
+        raise _damaged(path, error) from None
     if not complete:
         raise ValueError(f"checkpoint {path} is not of a run: delete it to train from the start")
     return checkpoint
+
+
+def check_checkpoint(path: Path, fingerprint: str) -> bool:
+    """Whether there is a checkpoint to go on from.
+
+    Raises:
+        ValueError: when it is damaged, or of another recipe than that of the fingerprint.
+    """
+    if not path.exists() and not path.is_symlink():
+        return False
+    if path.is_dir():
+        try:
+            check_files(path)
+            found = read_meta(path)
+        except Exception as error:
+            raise _damaged(path, error) from None
+    else:
+        found = read_checkpoint(path)
+    if found.get("recipe_sha256") != fingerprint:
+        raise ValueError(
+            f"checkpoint {path} is of another recipe: delete it to train from the start"
+        )
+    return True
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:80]
+    return ValueError(f"checkpoint {path} is damaged ({reason}): delete it to train from the start")
 
 
 class Progress(Callback):

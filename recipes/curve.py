@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recipes.data import TextData
 from recipes.metrics import Evaluation, evaluate
+from recipes.ranks import data_rank, meaned
 from recipes.report.records import Point
 from recipes.router_rows import (
     RouterRows,
@@ -39,10 +40,10 @@ class Curve(Callback):
     """
 
     def __init__(self, data: TextData, *, log_every: int, eval_every: int, tokens: int,
-                 flops: float):  # fmt: skip
-        """tokens, flops: of one optimizer step; training FLOPs."""
+                 flops: float, n_data: int = 1):  # fmt: skip
+        """tokens, flops: of one optimizer step; training FLOPs. n_data: ranks that read data."""
         self.data, self.log_every, self.eval_every = data, log_every, eval_every
-        self.tokens, self.flops = tokens, flops
+        self.tokens, self.flops, self.n_data = tokens, flops, n_data
         self.begin: Row | None = None  # step 0, of a run that begins from given weights
         self.rows: list[Row] = []
         self.train_s = 0.0
@@ -52,7 +53,7 @@ class Curve(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors, which weights_only loads; the row in the making too."""
-        sums = {name: float(value) for name, value in self._sums.items()}
+        sums = {name: self._of_all(name) * value for name, value in self._meaned().items()}
         rows = {"begin": self.begin, "rows": [dict(row) for row in self.rows]}
         rest = {"train_s": self.train_s, "sums": sums, "routers": self.routers.state_dict()}
         return rows | rest
@@ -62,7 +63,7 @@ class Curve(Callback):
         self.begin = state_dict.get("begin")
         self.rows = [dict(row) for row in state_dict["rows"]]
         self.train_s = state_dict["train_s"]
-        self._sums = dict(state_dict["sums"])
+        self._sums = {n: value / self._of_all(n) for n, value in state_dict["sums"].items()}
         self.routers.load_state_dict(state_dict.get("routers"))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -128,9 +129,17 @@ class Curve(Callback):
         for name, value in added.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
+    def _meaned(self) -> dict[str, float]:
+        """The sums so far, meaned over all processes; waits for the device."""
+        return meaned({name: float(value) for name, value in self._sums.items()})
+
+    def _of_all(self, name: str) -> int:
+        """What makes a mean over processes that of everything read: a checkpoint holds that."""
+        return self.n_data if name in ("nats", "bytes") else 1
+
     def _close(self, step: int) -> Row:
         """The interval's means; the sums start anew."""
-        sums = {name: float(value) for name, value in self._sums.items()}  # waits for the device
+        sums = self._meaned()
         now = self.train_s + (time.perf_counter() - self._since if self._since else 0.0)
         before = self.rows[-1] if self.rows else {"tokens": 0, "train_s": 0.0}
         row: Row = {
@@ -159,7 +168,8 @@ class Curve(Callback):
     def _evaluated(self, task: LanguageModelTask) -> Row:
         """Bits per byte, sharpness and figures of routers, on the thinned validation part."""
         eps = task.recipe.trainer.sharpness_eps
-        found = evaluate(task.model, self.data.val_dataloader(), self.data.domains, eps)
+        group = data_rank(task.trainer).group
+        found = evaluate(task.model, self.data.val_dataloader(), self.data.domains, eps, group)
         final = found.bpb.final()
         row: Row = dict.fromkeys(self._eval_keys(task))
         row["eval_bpb"] = final.bpb
@@ -198,7 +208,8 @@ class Curve(Callback):
 def final_evaluation(task: LanguageModelTask, data: TextData) -> Evaluation:
     """The validation part, thinned to `final_bytes_per_domain` where the recipe says so."""
     loader = data.eval_loader("validation", data.config.final_bytes_per_domain)
-    return evaluate(task.model, loader, data.domains, task.recipe.trainer.sharpness_eps)
+    group = data_rank(task.trainer).group
+    return evaluate(task.model, loader, data.domains, task.recipe.trainer.sharpness_eps, group)
 
 
 def _point(row: Row) -> Point:

@@ -4,6 +4,7 @@ from lightning import LightningDataModule
 
 from layers.names import unknown
 from recipes.batches import Batch, EvalLoader, TrainLoader, epoch_steps, train_batch
+from recipes.ranks import data_rank
 from recipes.schema import DataConfig
 from recipes.text import CORPORA, TOKENIZERS, Tokenizer, tokenizer
 from recipes.tokens import Tokens, check_data, load_tokens
@@ -47,10 +48,8 @@ class TextData(LightningDataModule):
         return self.tokens.domains
 
     def _place(self) -> dict[str, int]:
-        trainer = self.trainer
-        if trainer is None:
-            return {"rank": 0, "world": 1}
-        return {"rank": trainer.global_rank, "world": trainer.world_size}
+        place = data_rank(self.trainer)
+        return {"rank": place.rank, "world": place.world}
 
     def train_dataloader(self) -> TrainLoader:
         """Endless over epochs; starts at micro-batch 0 unless a state is loaded."""

@@ -170,6 +170,10 @@ def check(recipe: Recipe) -> None:
             f"got {recipe.model.max_seq_len}"
         )
     recipe.model.layers()
+    if (trainer.devices, trainer.expert_parallel, trainer.strategy) != (1, 1, "auto"):
+        from recipes.parallel import check_parallel  # distributed tensors take a second to load
+
+        check_parallel(recipe)
     policy_of(recipe.precision)
     if not isinstance(recipe.precision, str):  # a rule or switch that matches nothing is told here
         with torch.device("meta"):

@@ -17,6 +17,7 @@ from layers.base import Routing
 from recipes.batches import Batch
 from recipes.choices import ChoiceLog
 from recipes.health import RouterHealth, routers_of, watched
+from recipes.ranks import meaned
 from recipes.report.layer_records import LayerLoad
 from recipes.report.records import Final
 from recipes.sharpness import EPS, Sharpness
@@ -136,14 +137,18 @@ class Evaluation:
     """One pass over evaluation batches: bits per byte, sharpness, mean losses; load and health of
     routers, and their choices."""
 
-    def __init__(self, model: nn.Module, domains: Sequence[str], eps: float = EPS):
-        """eps: reach of the sharpness."""
+    def __init__(
+        self, model: nn.Module, domains: Sequence[str], eps: float = EPS, group: Any = None
+    ):
+        """eps: reach of the sharpness; group: processes whose batches count together; None: all."""
         self.bpb = BitsPerByte(domains)
         self.sharpness = Sharpness(eps)
         names = expert_names(model)
         self.load = ExpertLoad(domains, names)
         self.health = RouterHealth(routers_of(model), {k: len(of) for k, of in names.items()})
         self.choices = ChoiceLog()
+        for metric in (self.bpb, self.sharpness, self.load, self.health, self.choices):
+            metric.process_group = group
         self._losses: dict[str, float] = {}
         self._tokens = 0
 
@@ -165,18 +170,21 @@ class Evaluation:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Unweighted auxiliary losses, mean over tokens."""
-        return {name: total / max(self._tokens, 1) for name, total in self._losses.items()}
+        """Unweighted auxiliary losses, mean over tokens, of all processes."""
+        sums = meaned(self._losses | {"": float(self._tokens)})
+        n_tokens = sums.pop("")
+        return {name: total / (n_tokens or 1) for name, total in sums.items()}
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], domains: Sequence[str], eps: float = EPS
-) -> Evaluation:
+    model: nn.Module, batches: Iterable[Batch], domains: Sequence[str], eps: float = EPS,
+    group: Any = None,
+) -> Evaluation:  # fmt: skip
     """Run a model over batches, each of one domain. Draws no random number, changes no state.
 
-    eps: reach of the sharpness.
+    eps: reach of the sharpness; group: processes that evaluate the rest; None: all there are.
     """
-    evaluation = Evaluation(model, domains, eps)
+    evaluation = Evaluation(model, domains, eps, group)
     training = model.training
     device = next(model.parameters()).device
     model.eval()

@@ -8,6 +8,7 @@ from torch import nn
 
 from layers.precision import Leaf, PrecisionPolicy, leaves, update_delayed_scales
 from layers.precision.operands import OPERANDS
+from recipes.ranks import data_rank, largest
 from recipes.schema import Recipe
 from zoo.precision import policy_of, rounding_seed, set_precision
 
@@ -56,7 +57,7 @@ class LivePrecision(Callback):
         """The state that the last step left: a run killed at its very end evaluates in it."""
         self._find(_model(pl_module))
         self._switch(pl_module, max(self._begin - 1, 0))
-        self._draw(self._begin, 0, trainer.global_rank)
+        self._draw(self._begin, 0, data_rank(trainer).rank)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -68,7 +69,7 @@ class LivePrecision(Callback):
             for leaf in self._delayed:
                 assert leaf.operand_peaks is not None
                 leaf.operand_peaks.zero_()  # an evaluation's peaks are not of this step
-        self._draw(step, micro_batch, trainer.global_rank)
+        self._draw(step, micro_batch, data_rank(trainer).rank)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
@@ -78,8 +79,10 @@ class LivePrecision(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         for leaf in self._delayed:
+            assert leaf.operand_peaks is not None
+            largest(leaf.operand_peaks)
             update_delayed_scales(leaf)
-        self._draw(trainer.global_step, 0, trainer.global_rank)
+        self._draw(trainer.global_step, 0, data_rank(trainer).rank)
 
     def _switch(self, pl_module: pl.LightningModule, step: int) -> None:
         active = self.policy.active(step, self.max_steps)

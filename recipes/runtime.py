@@ -42,7 +42,7 @@ def settings(trainer: TrainerConfig) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:
-        torch.set_num_threads(trainer.threads or cores())
+        torch.set_num_threads(trainer.threads or max(cores() // trainer.devices, 1))
         torch.use_deterministic_algorithms(True)
         FILL.fill_uninitialized_memory = False  # costs a pass over each output
         if trainer.matmul == "auto" and trainer.accelerator == "cpu":

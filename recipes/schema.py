@@ -16,7 +16,7 @@ class DataConfig:
     corpus: str = "classics7"  # a row of recipes.data.CORPORA
     tokenizer: str = "bytes"  # bytes | bpe1024 | bpe4096
     seq_len: int = 256  # tokens a sequence
-    batch_size: int = 16  # sequences a micro-batch and process
+    batch_size: int = 16  # sequences a micro-batch and process (that reads data of its own)
     eval_bytes_per_domain: int | None = 8192  # during training; None: all of the validation part
     final_bytes_per_domain: int | None = None  # at the end; None: all of the validation part
 
@@ -50,7 +50,10 @@ class TrainerConfig:
     compile: bool = False
     matmul: Literal["auto", "default"] = "auto"  # auto: the fast fp32 path where it stays exact
     threads: int | None = None  # None: as many as there are cores
-    accelerator: str = "cpu"  # one device of it
+    accelerator: str = "cpu"
+    devices: int = 1  # of the accelerator, a process each: recipes/ranks.py
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"  # of several devices; auto: ddp unless
+    expert_parallel: int = 1  # this is more: processes that share each layer's experts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ class LanguageModelTask(pl.LightningModule):
         self.model = build_model(recipe)
         if recipe.trainer.compile:
             self.model.compile()
+        self._sharded = False
         self._evaluation: Evaluation | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -84,10 +85,34 @@ class LanguageModelTask(pl.LightningModule):
         self.log("eval_bpb", final.bpb)
         self.log_dict({f"eval_bpb/{domain}": bpb for domain, bpb in final.bpb_by_domain.items()})
 
+    def configure_model(self) -> None:
+        """Shard the model where the run's strategy has a mesh to shard it over."""
+        if self.device_mesh is not None and not self._sharded:
+            from zoo.parallel import parallelize
+
+            parallelize(self.model, self.device_mesh)
+            self._sharded = True
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:  # fmt: skip
+        """By one norm over all parameters, sharded or not."""
+        if not self._sharded:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None:
+            from recipes.parallel import clip_gradients
+
+            clip_gradients(self.model.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped once per optimizer step."""
         recipe = self.recipe
         optimizer = build_optimizer(self.model, recipe.optim)
+        if self._sharded:
+            from recipes.parallel import LocalAdamW
+
+            optimizer = LocalAdamW.of(optimizer)
         schedule = build_schedule(optimizer, recipe.optim, recipe.trainer.max_steps)
         return {
             "optimizer": optimizer,

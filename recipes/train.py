@@ -9,22 +9,40 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import save_file
+from torch import Tensor
 
 from layers.base import Cost
 from recipes import load, record
-from recipes.callbacks import AtomicCheckpoints, Progress, SaveLast, SeedEachBatch, read_checkpoint
+from recipes.callbacks import (
+    AtomicCheckpoints,
+    Progress,
+    SaveLast,
+    SeedEachBatch,
+    check_checkpoint,
+)
 from recipes.controllers import controller_callbacks
 from recipes.costing import run_cost, whole_model_cost
 from recipes.curve import Curve, Diverged, final_evaluation
 from recipes.data import TextData
 from recipes.initial import begin_from, check_begun, init_sha256
+from recipes.launch import launch
 from recipes.names import ffn_label, precision_label
 from recipes.precision_callbacks import precision_callbacks
 from recipes.prior import prior_callbacks
 from recipes.probes import probe_callbacks, recorded
+from recipes.ranks import (
+    check_same_batch,
+    is_sharded,
+    leaving,
+    meet,
+    n_data,
+    rank_of,
+    same_run,
+    writes,
+)
 from recipes.report.records import SCHEMA, Final, Run, Sample, Speed
 from recipes.runtime import interruptible, settings
-from recipes.schema import Recipe
+from recipes.schema import Recipe, TrainerConfig
 from recipes.stability import diverged_at, spikes
 from recipes.task import LanguageModelTask
 from zoo.generate import generate
@@ -56,8 +74,10 @@ def train(
     Raises:
         ValueError: when the directory holds another recipe's run, is in use, or is damaged.
     """
-    out = Path(out)
+    out, variant = Path(out), variant or ffn_label(recipe.model.ffn)
     load.check(recipe)
+    if rank_of(recipe.trainer):  # started from outside, and the first holds the lock
+        return work(recipe, out, variant, run_id)
     busy = f"{out} is in use by another run: wait for it, or give another out="
     with record.locked(out / ".lock", busy, wait_s=LOCK_WAIT_S):
         _claim(recipe, out)
@@ -66,41 +86,56 @@ def train(
         if done is not None:
             print(f"{done['id']}: already finished in {out}", flush=True)
             return done
-        with settings(recipe.trainer):
-            return _train(recipe, out, variant or ffn_label(recipe.model.ffn), run_id)
+        if rank_of(recipe.trainer) is None:
+            launch(out, variant, run_id, recipe.trainer)
+            return cast("dict[str, Any]", record.read_result(out))
+        return work(recipe, out, variant, run_id)
+
+
+def work(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[str, Any]:
+    """What each process of a run does, in a directory that holds the recipe; as `train`."""
+    with settings(recipe.trainer), leaving():
+        return _train(recipe, out, variant, run_id)
 
 
 def _claim(recipe: Recipe, out: Path) -> None:
-    """Write recipe.yaml, or refuse where another recipe's run lies."""
+    """Write recipe.yaml, or refuse where another recipe's run lies.
+
+    An unfinished run may go on on other processes (`recipes.ranks.same_run`).
+    """
     path = out / "recipe.yaml"
     plain = load.to_plain(recipe)
     if path.is_file():
-        differing = load.differences(load.read_yaml(path), plain)
+        before = load.read_yaml(path)
+        check_same_batch(before, plain)
+        differing = load.differences(same_run(before), same_run(plain))
         if differing:
             raise ValueError(
                 f"{out} holds a run of another recipe (differs in {', '.join(differing)}): "
                 "give another out=, or delete it"
             )
-    else:
-        record.write_text(path, load.to_yaml(recipe))
+        if before == plain or (out / "result.json").is_file():
+            return
+    record.write_text(path, load.to_yaml(recipe))
 
 
 def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[str, Any]:
     run_id = run_id or f"{variant}-{precision_label(recipe.precision)}-s{recipe.seed}"
-    fingerprint = record.fingerprint(load.to_plain(recipe))
+    fingerprint = record.fingerprint(same_run(load.to_plain(recipe)))
     about: dict[str, Any] = {
         "init_sha256": init_sha256(recipe),
         "versions": record.versions(),
         "commit": record.commit(),
         "machine": record.machine(torch.get_num_threads()),
     }
-    record.write_json(
-        out / "meta.json",
-        {"id": run_id, "variant": variant, "seed": recipe.seed, "recipe_sha256": fingerprint}
-        | about,
-    )
+    if writes(recipe.trainer):
+        record.write_json(
+            out / "meta.json",
+            {"id": run_id, "variant": variant, "seed": recipe.seed, "recipe_sha256": fingerprint}
+            | about,
+        )
     last = out / "checkpoints" / "last.ckpt"
-    resumed = _resumable(last, fingerprint)
+    resumed = check_checkpoint(last, fingerprint)
     data = TextData(recipe.data, recipe.seed, recipe.trainer.accumulate)
     task = LanguageModelTask(recipe, data.domains)
     if not resumed:
@@ -115,51 +150,45 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
         *prior_callbacks(recipe),
         *probes,
         curve,
-        Progress(run_id, curve),
+        *([Progress(run_id, curve)] if writes(recipe.trainer) else []),
         SaveLast(last, recipe.trainer.checkpoint_every_steps, curve, fingerprint),
     ])  # fmt: skip
     with interruptible(trainer):
         try:
             trainer.fit(task, data, ckpt_path=str(last) if resumed else None, weights_only=True)
         except Diverged as error:
-            print(f"{run_id}: {error}", flush=True)
+            if writes(recipe.trainer):
+                print(f"{run_id}: {error}", flush=True)
     about["probes"] = recorded(probes)
     return _finish(recipe, out, task, data, curve, cost, run_id, variant, about)
 
 
-def _resumable(last: Path, fingerprint: str) -> bool:
-    """Whether there is a checkpoint; raises where it is damaged or of another recipe."""
-    if not last.is_file():
-        return False
-    if read_checkpoint(last).get("recipe_sha256") != fingerprint:
-        raise ValueError(
-            f"checkpoint {last} is of another recipe: delete it to train from the start"
-        )
-    return True
-
-
 def _curve(recipe: Recipe, data: TextData, cost: Cost) -> Curve:
     trainer = recipe.trainer
-    tokens = recipe.data.batch_size * recipe.data.seq_len * trainer.accumulate
+    sequences = recipe.data.batch_size * n_data(trainer) * trainer.accumulate
+    tokens = sequences * recipe.data.seq_len
     return Curve(
         data,
         log_every=trainer.log_every_steps,
         eval_every=trainer.eval_every_steps,
         tokens=tokens,
         flops=tokens * cost.training_flops,
+        n_data=n_data(trainer),
     )
 
 
 def lean_trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A lean Trainer: it loops, clips, accumulates and resumes; nothing else per step."""
-    (out / "metrics.csv").unlink(missing_ok=True)  # the curve in the checkpoint fills it again
-    loggers: list[Any] = [CSVLogger(out, name="", version="", flush_logs_every_n_steps=1)]
-    if "tensorboard" in record.versions():
-        loggers.append(TensorBoardLogger(out, name="tensorboard", version=""))
-    config = recipe.trainer
+    config, loggers = recipe.trainer, list[Any]()
+    if writes(config):
+        (out / "metrics.csv").unlink(missing_ok=True)  # the curve in the checkpoint fills it again
+        loggers.append(CSVLogger(out, name="", version="", flush_logs_every_n_steps=1))
+        if "tensorboard" in record.versions():
+            loggers.append(TensorBoardLogger(out, name="tensorboard", version=""))
     return pl.Trainer(
         accelerator=config.accelerator,
-        devices=1,
+        devices=config.devices,
+        strategy=_strategy(config),
         max_steps=config.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=config.accumulate,
@@ -167,7 +196,7 @@ def lean_trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.
         precision="32-true",  # the leaves have a precision of their own
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpoints()],
+        plugins=[] if is_sharded(config) else [AtomicCheckpoints()],
         limit_val_batches=0,  # the curve evaluates, so that a checkpoint follows its row
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_every_steps,
@@ -175,6 +204,14 @@ def lean_trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _strategy(config: TrainerConfig) -> Any:
+    if config.devices == 1:
+        return "auto"
+    from recipes.parallel import strategy_of  # distributed tensors take a second to load
+
+    return strategy_of(config)
 
 
 def _finish(
@@ -185,6 +222,9 @@ def _finish(
     outcome = _outcome(task, data, curve)
     if outcome["final"] is not NO_FINAL:
         _save_weights(task, out / "weights.safetensors")
+    if not writes(recipe.trainer):
+        meet()
+        return cast("dict[str, Any]", record.read_result(out))
     result = Run(
         schema=SCHEMA,
         id=run_id,
@@ -212,6 +252,7 @@ def _finish(
         plain["final"] |= {"bpb": None, "nats_per_token": None}  # JSON has no NaN
         told = f"diverged by step {result.diverged_step}"
     record.write_json(out / "result.json", plain)
+    meet()
     print(f"{run_id}: {told}, in {out}", flush=True)
     return cast("dict[str, Any]", record.read_result(out))
 
@@ -239,10 +280,22 @@ def _outcome(task: LanguageModelTask, data: TextData, curve: Curve) -> dict[str,
 
 
 def _save_weights(task: LanguageModelTask, path: Path) -> None:
-    tensors = {name: t.detach().contiguous() for name, t in own_tensors(task.model).items()}
+    tensors = {name: t.detach().contiguous() for name, t in whole_tensors(task).items()}
+    if not writes(task.recipe.trainer):
+        return
     with record.replacing(path) as part:
         save_file(tensors, part)
     path.chmod(0o644)  # as the other files; the library writes 0600
+
+
+def whole_tensors(task: LanguageModelTask) -> dict[str, Tensor]:
+    """The weights by name, gathered where they are sharded: all ranks take part."""
+    tensors = own_tensors(task.model)
+    if not is_sharded(task.recipe.trainer):
+        return tensors
+    from zoo.parallel import whole
+
+    return {name: whole(t) for name, t in tensors.items()}
 
 
 def sample(task: LanguageModelTask, data: TextData) -> str:

@@ -24,6 +24,7 @@ PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
         "matmul",
         "names",
         "native",
+        "parallel",
         "products",
         "replay",
         "selection",

@@ -1,0 +1,98 @@
+"""A language model spread over processes: experts over one axis, everything else over the other.
+
+Imported only where it is used: distributed tensors take a second to load.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from layers.experts import Experts
+from layers.parallel import ShardedExperts, check_experts, shard_experts
+from zoo.block import BlockOutput
+from zoo.model import LanguageModel
+
+DATA, EXPERTS = "data_parallel", "tensor_parallel"  # the axes as Lightning names them
+
+
+def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """Shard a model in place; every process must hold the same weights.
+
+    Stacks of experts lie on axis 0 over the axis "tensor_parallel", whose processes read the same
+    batch. Over "data_parallel" every block is a unit of FSDP2, in float32 throughout, for the
+    leaves have a precision of their own; stacks of experts are cut there along axis 1, so that
+    they may be fewer than processes. With one process on that axis nothing but experts is sharded.
+
+    Args:
+        model: as built.
+        mesh: the axes "data_parallel" and "tensor_parallel".
+
+    Raises:
+        ValueError: where an axis does not divide what it cuts.
+    """
+    data, experts = mesh[DATA], mesh[EXPERTS]
+    check_sharding(model, data.size(), experts.size())
+    if experts.size() > 1:
+        for module in stacks(model).values():
+            shard_experts(module, experts)
+    if data.size() > 1:
+        for block in model.blocks:
+            block.register_forward_hook(_own_carry)  # before FSDP's own
+            fully_shard(block, mesh=data, shard_placement_fn=_placement)
+        fully_shard(model, mesh=data, shard_placement_fn=_placement)
+
+
+def check_sharding(model: nn.Module, n_data: int, n_experts: int) -> None:
+    """Raise unless `parallelize` can cut a model, built or on the meta device.
+
+    n_data, n_experts: processes on either axis.
+    """
+    found = stacks(model)
+    if n_experts > 1 and not found:
+        raise ValueError(
+            f"expert_parallel={n_experts} needs a mixture of experts, and no FFN of this model is "
+            "one: set it to 1"
+        )
+    for name, module in found.items():
+        if n_experts > 1:
+            check_experts(module.config.n_experts, n_experts)
+        for part, p in module.named_parameters():
+            if n_experts > 1 and p.shape[1] % n_data:
+                raise ValueError(
+                    f"{name}.{part} {list(p.shape)} must divide on axis 1 by the {n_data} processes"
+                    " that share each expert: choose another width or fewer devices"
+                )
+
+
+def stacks(model: nn.Module) -> dict[str, Experts]:
+    """Stacked experts by their qualified names."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Experts)}
+
+
+def _placement(p: nn.Parameter) -> Shard | None:
+    """Axis 1 for what is sharded on axis 0 already; None: axis 0."""
+    return Shard(1) if isinstance(p, DTensor) else None
+
+
+def _own_carry(block: nn.Module, args: Any, out: BlockOutput) -> BlockOutput:
+    """FSDP2 hooks onto outputs, and warns of one that is a view, as router logits are."""
+    return out if out.carry is None else out._replace(carry=out.carry.clone())
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor, gathered where it is sharded: on every process, or on none."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+__all__ = [
+    "DATA",
+    "EXPERTS",
+    "ShardedExperts",
+    "check_sharding",
+    "parallelize",
+    "stacks",
+    "whole",
+]
