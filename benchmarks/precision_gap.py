@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+import paired
 from timing import machine, markdown
 
 import zoo
@@ -77,11 +77,7 @@ def run(job: tuple[str, Any, int, str]) -> float:
 
 def gap(values: list[float], base: list[float]) -> str:
     """Mean difference and half the width of its 95% interval, in thousandths."""
-    differences = [(a - b) * 1000 for a, b in zip(values, base, strict=True)]
-    if any(map(math.isnan, differences)):
-        return "diverged"
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return f"{statistics.mean(differences):+.1f} ± {half:.1f}"
+    return "diverged" if any(map(math.isnan, (*values, *base))) else paired.gap(values, base)
 
 
 def verdict(name: str, values: list[float], other: str, base: list[float]) -> str:
@@ -89,9 +85,7 @@ def verdict(name: str, values: list[float], other: str, base: list[float]) -> st
     found = gap(values, base)
     if found == "diverged":
         return f"- {name} against {other}: a run diverged."
-    mean, half = (float(x) for x in found.split(" ± "))
-    told = "not resolved" if abs(mean) <= half else "lower" if mean < 0 else "higher"
-    return f"- {name} against {other}: {found}, {told}."
+    return f"- {name} against {other}: {found}, {paired.told(values, base)}."
 
 
 def shares(variant: str, precision: str) -> list[str]:
