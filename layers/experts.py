@@ -51,9 +51,11 @@ class ExpertsConfig:
         """One token's cost where `active` experts run for it, the mixing weights included."""
         e, n, f = self.n_experts, self.d_model * self.d_expert, self.d_expert
 
-        def stack(name: str, numbers: int, flops: float, other_flops: float) -> WeightCost:
+        def stack(
+            name: str, numbers: int, flops: float, other_flops: float, role: str = "expert"
+        ) -> WeightCost:
             return WeightCost(
-                name=name, role="expert", params=e * numbers, flops=flops * active,
+                name=name, role=role, params=e * numbers, flops=flops * active,
                 other_flops=other_flops * active, units=e, active_units=active,
             )  # fmt: skip
 
@@ -62,10 +64,10 @@ class ExpertsConfig:
         inner = self.inner_name
         items = [stack(f"{inner}.weight", matrices * n, 2 * matrices * n, (act + 1) * f)]
         if self.bias:
-            items.append(stack(f"{inner}.bias", matrices * f, 0, matrices * f))
+            items.append(stack(f"{inner}.bias", matrices * f, 0, matrices * f, "bias"))
         items.append(stack("down.weight", n, 2 * n, self.d_model))
         if self.bias:
-            items.append(stack("down.bias", self.d_model, 0, 2 * self.d_model))
+            items.append(stack("down.bias", self.d_model, 0, 2 * self.d_model, "bias"))
         return Cost(tuple(items))
 
     @property

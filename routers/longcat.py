@@ -42,6 +42,13 @@ class LongCatRouterConfig(Kinds, BiasControl):
                 f"got {wanted} beside {self.n_zero_computation} of them"
             )
 
+    @property
+    def assignments(self) -> float:
+        """FFN experts that a token uses on average once the bias has settled."""
+        if self.ffn_per_token is not None:
+            return self.ffn_per_token
+        return self.top_k * self.n_experts / self.n_routes
+
     def cost(self) -> Cost:
         """One token's cost: one float32 matrix, the softmax and K passes of choosing."""
         n = self.n_routes

@@ -14,7 +14,7 @@ from recipes.metrics import evaluate
 TINY = {
     "precision": "bf16",
     "model": {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 256},
-    "loss_weights": {"balance": 0.01, "z": 0.001},
+    "loss_weights": {"balance": 0.01, "z": 0.001, "importance": 0.01, "load": 0.01, "l1": 1.0},
     "data": {"corpus": "tinyshakespeare", "seq_len": 256, "batch_size": 16},
     "optim": {"lr": 1e-2},
     "trainer": {

@@ -26,11 +26,26 @@ from zoo.catalogue import FFNS
 SHIPPED = sorted(Path(str(resources.files("recipes"))).glob("*.yaml"))
 
 
-def test_every_variant_has_a_recipe():
-    assert {entry.name for entry in FFNS} | {"debug"} <= {path.stem for path in SHIPPED}
+@pytest.mark.parametrize("name", sorted(entry.name for entry in FFNS))
+def test_every_variant_has_a_recipe_that_weighs_its_losses(name):
+    recipe = load.load(name, ["model.d_model=32"])
+    assert name in {choice.entry.name for choice in recipe.model.layers()}
+    out = build_model(recipe)(torch.randint(256, (1, 16)))
+    weighted(out.losses, recipe.loss_weights)
+    assert out.losses.keys() == recipe.loss_weights.keys()
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+# two steps of training: one recipe of each module, the others are run by hand
+OFTEN = {"debug", *({row.module: row.name for row in reversed(FFNS)}.values())}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.stem, marks=() if p.stem in OFTEN else pytest.mark.slow)
+        for p in SHIPPED
+    ],
+)
 def test_a_shipped_recipe_runs_and_loads_equal(path, tmp_path, monkeypatch):
     evaluate_briefly(monkeypatch)
     small = ["trainer.max_steps=2", "trainer.threads=1", "model.d_model=32", "data.batch_size=32"]

@@ -12,7 +12,7 @@ from torch import nn
 from layers.base import Cost
 from layers.names import unknown
 from layers.precision import PrecisionPolicy
-from zoo.accounting import stored
+from zoo.accounting import layer_cost, stored
 from zoo.catalogue import FFNS, ROUTERS
 from zoo.entry import Entry
 from zoo.options import construct, field_names
@@ -62,10 +62,7 @@ class Choice:
         """
         if seq_len is not None and getattr(self.config, "costs_by_sequence", False):
             measured["seq_len"] = seq_len
-        cost = self.config.cost(**measured)
-        if self.router_config is not None:
-            cost = cost + self.router_config.cost().within("router.")
-        return cost
+        return layer_cost(self.config, self.router_config, **measured)
 
 
 def _table(rows: tuple[Entry, ...], kind: str) -> dict[str, Entry]:

@@ -173,7 +173,8 @@ def block_of(name: str) -> int | None:
 
 
 def _refuse_misses(module: nn.Module, report: CoverageReport, n_layers: int) -> None:
-    matrices = {n for n, p in module.named_parameters() if p.ndim >= 2}
+    biases = {f"{name}.bias" for name in leaves(module)}  # of experts: [E, out], never multiplied
+    matrices = {n for n, p in module.named_parameters() if p.ndim >= 2} - biases
     missed = [
         p.name
         for p in report.parameters

@@ -14,7 +14,16 @@ from layers.precision.operands import BACKENDS, GEMMS, LeafPrecision
 from layers.selection import select_layers
 
 # Never on a coarse grid unless a rule says so by role: a changed score changes which expert runs.
-HIGH_ROLES = ("router", "norm", "embedding", "head", "constant", "product_keys", "depthwise")
+HIGH_ROLES = (
+    "router",
+    "norm",
+    "embedding",
+    "head",
+    "bias",
+    "constant",
+    "product_keys",
+    "depthwise",
+)
 # a variant may add its own
 ROLES = ("ffn", "expert", "attention", "memory_values", "query_proj", *HIGH_ROLES)
 
