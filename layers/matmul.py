@@ -223,10 +223,23 @@ class _QuantizedMatmul(torch.autograd.Function):
             dx = dgrad(q("dgrad_dy", dy, -1), q("dgrad_w", w, -2), counts, ctx.backend)
             dx = _back(dx, x_mask, q, ctx.width).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            operands = q("wgrad_dy", dy, -2), q("wgrad_x", x, -2)
-            dw = wgrad(*operands, counts, ctx.dtypes[1], ctx.backend)
+            dyq, xq = q("wgrad_dy", dy, -2), q("wgrad_x", x, -2)
+            if ctx.backend == "capacity" and counts is not None:
+                shape = counts.shape[0], dy.shape[0] // counts.shape[0]
+                dyq, xq = (_even(t, *shape, p.wgrad_dy.hadamard) for t in (dyq, xq))
+            dw = wgrad(dyq, xq, counts, ctx.dtypes[1], ctx.backend)
             dw = _back(dw, w_mask, q, ctx.width)
         return dx, dw, *[None] * 7
+
+
+def _even(q: Quantized | Coded, n_experts: int, each: int, tile: int) -> Quantized | Coded:
+    """Rows of equally many for every expert, where a rotation rounded each up to whole tiles.
+
+    It leaves zero rows behind the last, as many as rows that are split unevenly would need.
+    """
+    if isinstance(q, Coded) or q.ends is None:
+        return q
+    return q._replace(values=q.values[: n_experts * -(-each // tile) * tile])
 
 
 def _folded(q: Quantized | Coded) -> Tensor:

@@ -91,6 +91,11 @@ class MoEConfig:
         """Whether no token's output depends on later tokens."""
         return is_causal(self.priority, self.capacity_factor, self.eval_capacity_factor)
 
+    @property
+    def tokenwise(self) -> bool:
+        """Whether in evaluation no choice is dropped for the sake of another token's."""
+        return self.eval_capacity_factor is None
+
     def capacity(self, training: bool) -> Capacity | None:
         """What each expert takes, in training or in evaluation; None: no limit."""
         factor = self.capacity_factor if training else self.eval_capacity_factor

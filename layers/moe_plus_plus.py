@@ -166,6 +166,11 @@ class MoEPlusPlusConfig(Kinds):
         rest = free if self.limit_zero_computation else math.inf
         return (self.designed_tau * free,) * self.n_experts + (rest,) * self.n_zero_computation
 
+    @property
+    def tokenwise(self) -> bool:
+        """Whether in evaluation no choice is dropped for the sake of another token's."""
+        return self.eval_capacity_factor is None
+
     def capacity(self, training: bool) -> Capacity | None:
         """What each expert takes, in training or in evaluation; None: no limit."""
         factor = self.capacity_factor if training else self.eval_capacity_factor
