@@ -80,14 +80,18 @@ def chosen(routing: Routing) -> Tensor:
     return found.scatter(1, experts, True)[:, :n_experts]
 
 
-def largest(scores: Tensor, k: Tensor) -> Tensor:
-    """[T, E] bool, the k largest of each row; of equals the lower index, as `top_indices` has it.
+def explains(scores: Tensor, choice: Tensor) -> Tensor:
+    """[T] bool, whether a token's choice is its largest scores; of equals those of lower index.
 
-    scores: [T, E]; k: [T] int64.
+    scores: [T, E]; choice: [T, E] bool.
     """
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    first = torch.arange(scores.shape[-1], device=scores.device) < k[:, None]
-    return torch.zeros_like(first).scatter(1, order, first)
+    e = scores.shape[-1]
+    place = torch.arange(e, device=scores.device)
+    low = scores.masked_fill(~choice, math.inf).amin(-1, keepdim=True)
+    high = scores.masked_fill(choice, -math.inf).amax(-1, keepdim=True)
+    last = place.where(choice & (scores == low), -1).amax(-1)
+    first = place.where(~choice & (scores == high), e).amin(-1)
+    return (low > high)[:, 0] | ((low == high)[:, 0] & (last < first))
 
 
 def of_tokens(router: nn.Module, routing: Routing, q: Tensor, choice: Tensor) -> Tensor:
@@ -98,17 +102,16 @@ def of_tokens(router: nn.Module, routing: Routing, q: Tensor, choice: Tensor) ->
     logits = routing.logits
     best = q.topk(min(2, q.shape[-1]), dim=-1).values
     second = best[:, 1] if q.shape[-1] > 1 else torch.zeros_like(best[:, 0])
-    k = choice.sum(-1)
-    told = (largest(preference(router, logits), k) == choice).all(-1)
     rounded = logits.bfloat16().to(logits.dtype)
-    flipped = (largest(preference(router, rounded), k) != choice).any(-1)
+    told = explains(preference(router, logits), choice)
+    still = explains(preference(router, rounded), choice)
     columns = {
         "confidence": best[:, 0],
         "token_entropy": entropy(q),
         "margin": best[:, 0] - second,
         "square": logits.double().square().mean(-1),
         "told": told,
-        "near_tie": told & flipped,
+        "near_tie": told & ~still,
     }
     return torch.stack([columns[name].double() for name in SUMS], dim=-1)
 

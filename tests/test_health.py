@@ -11,7 +11,7 @@ from torch import nn
 
 from layers.moe import route
 from recipes.data import TextData
-from recipes.health import RouterHealth, preference, probabilities, routers_of, watched
+from recipes.health import RouterHealth, explains, preference, probabilities, routers_of, watched
 from recipes.metrics import evaluate
 from recipes.report.layer_records import LayerLoad
 from recipes.task import build_model
@@ -155,6 +155,17 @@ def test_a_near_tie_is_a_choice_that_bfloat16_would_change():
     assert health_of(routed(logits, 2)).near_ties == 0.25  # the last one now
     elsewhere = routed(-logits, 1)._replace(logits=logits)
     assert health_of(elsewhere).near_ties is None
+
+
+def test_a_choice_is_explained_by_a_sort_that_keeps_the_order_of_equals():
+    scores = torch.randint(4, (500, 5)).float()
+    scores[::7, 1] = -math.inf
+    choice = torch.rand(500, 5) > 0.5
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    sets = [set(row[:n].tolist()) for row, n in zip(order, choice.sum(-1), strict=True)]
+    expected = [s == set(c.nonzero()[:, 0].tolist()) for s, c in zip(sets, choice, strict=True)]
+    assert explains(scores, choice).tolist() == expected
+    assert 50 < sum(expected) < 450
 
 
 def test_many_experts_keep_the_pairs_of_those_used_most():
