@@ -1,6 +1,7 @@
 """Pick an FFN variant by name, cost it, build it, set its precision, compose a language model."""
 
 from layers.precision import seed_rounding, update_delayed_scales
+from layers.replay import force_balance, join_routes, record_routing, replay_routing
 from zoo.accounting import module_cost
 from zoo.budget import Match, match
 from zoo.describe import Card, describe
@@ -23,8 +24,10 @@ __all__ = [
     "describe",
     "describe_format",
     "export_moe",
+    "force_balance",
     "formats",
     "import_moe",
+    "join_routes",
     "match",
     "module_cost",
     "moe_sizes",
@@ -33,6 +36,8 @@ __all__ = [
     "policy_of",
     "precisions",
     "probe",
+    "record_routing",
+    "replay_routing",
     "resolve",
     "seed_rounding",
     "set_precision",
