@@ -1,6 +1,6 @@
 """What there is: the FFN variants and the routers, one row each."""
 
-from layers import memory_plus, peer, pkm
+from layers import memory_plus, peer, pkm, ultramem, ultramem_v2
 from layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from layers.mlp import MLP, MLPConfig
 from layers.moe import MoE, MoEConfig
@@ -10,6 +10,8 @@ from layers.pkm import PKM, PKMConfig
 from layers.soft_moe import SoftMoE, SoftMoEConfig
 from layers.spt_ffn import SPTFFN, SPTFFNConfig
 from layers.swiglu import SwiGLU, SwiGLUConfig
+from layers.ultramem import UltraMem, UltraMemConfig
+from layers.ultramem_v2 import UltraMemV2, UltraMemV2Config
 from routers import deepseek_v2, deepseek_v3, longcat, top_k
 from routers.deepseek_v2 import DeepSeekV2Router, DeepSeekV2RouterConfig
 from routers.deepseek_v3 import DeepSeekV3Router, DeepSeekV3RouterConfig
@@ -102,6 +104,20 @@ FFNS = (
         paper="arXiv:2412.09764",
         tiny={"d_model": 32, "n_keys": 8, "heads": 2, "top_k": 4, "d_key": 16},
         presets=memory_plus.PRESETS,
+    ),
+    Entry(
+        name="ultramem", module=UltraMem, config=UltraMemConfig, width="d_ff",
+        summary="FFN and a memory with Tucker-decomposed keys, virtual copies, scores by core",
+        paper="arXiv:2411.12364",
+        tiny={"d_model": 32, "d_ff": 96, "n_keys": 4, "top_k": 4, "d_key": 8, "d_value": 16},
+        presets=ultramem.PRESETS,
+    ),
+    Entry(
+        name="ultramem_v2", module=UltraMemV2, config=UltraMemV2Config, width="d_ff",
+        summary="FFN and a memory of single neurons with Tucker-decomposed keys",
+        paper="arXiv:2508.18756",
+        tiny={"d_model": 32, "d_ff": 96, "n_keys": 4, "top_k": 4, "d_key": 8, "d_value": 16},
+        presets=ultramem_v2.PRESETS,
     ),
 )
 
