@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from layers.precision.leaf import Leaf
+from layers.precision.policy import HIGH_ROLES
 from zoo.catalogue import FFNS
 
 B, S = 2, 32
@@ -29,10 +30,11 @@ def tiny(entry, precision=None, **options):
 
 
 def first_of_their_leaves():
-    """Names of the rows that are the first to have leaves of some class."""
+    """Names of the rows that are the first to have low-precision leaves of some class."""
     seen, found = set(), set()
     for entry in FFNS:
-        leaves = {type(m) for m in tiny(entry)[0].modules() if isinstance(m, Leaf)}
+        leaves = [m for m in tiny(entry)[0].modules() if isinstance(m, Leaf)]
+        leaves = {type(leaf) for leaf in leaves if leaf.role not in HIGH_ROLES}
         if leaves - seen:
             found.add(entry.name)
         seen |= leaves

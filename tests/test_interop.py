@@ -7,20 +7,24 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.interop import export_moe, import_moe, moe_sizes
-from zoo.layouts import LAYOUTS, NAMINGS
+from zoo.layouts import BODIES, LAYOUTS, NAMINGS
 
 E, D, F = 3, 4, 5
 MODELS = pytest.mark.parametrize("model", NAMINGS)
-STORED = pytest.mark.parametrize("layout", LAYOUTS)
+STORED = pytest.mark.parametrize(
+    ("model", "layout"),
+    [(m, how) for m in NAMINGS for how in LAYOUTS if NAMINGS[m].body == LAYOUTS[how].body],
+)
 
 
 def ours(model, n_shared=2, dtype=torch.float32):
     """A layer's tensors, every number another: also where a matrix were laid on its side."""
     shapes = {"router.weight": [E, D]}
-    shapes |= {"experts.gate_up.weight": [E, 2 * F, D], "experts.down.weight": [E, D, F]}
+    shapes |= BODIES[NAMINGS[model].body](E, D, F)
     if NAMINGS[model].shared and n_shared:
         wide = n_shared * F
         shapes |= {"shared.gate_up.weight": [2 * wide, D], "shared.down.weight": [D, wide]}
+        shapes |= {"shared_gate.weight": [1, D]} if NAMINGS[model].shared_gate else {}
     shapes |= {name: [E] for name in NAMINGS[model].others}
     return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
 
@@ -32,7 +36,6 @@ def same_bits(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@MODELS
 @STORED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_shared", [0, 2])
@@ -44,7 +47,6 @@ def test_there_and_back_gives_the_same_bits(model, layout, dtype, n_shared):
     same_bits(export_moe(back, model, layout=layout, prefix="model.layers.1.mlp."), theirs)
 
 
-@MODELS
 @STORED
 def test_what_is_exported_can_be_saved(model, layout, tmp_path):
     state = ours(model)
@@ -70,7 +72,7 @@ def place(layout, theirs, expert, neuron, d):
     return gate_up[d, 2 * neuron], gate_up[d, 2 * neuron + 1], down[neuron, d]
 
 
-@STORED
+@pytest.mark.parametrize("layout", [how for how in LAYOUTS if LAYOUTS[how].body == "gated"])
 def test_each_number_stands_in_its_place(layout):
     state = ours("mixtral")
     theirs = export_moe(state, "mixtral", layout=layout)
@@ -81,6 +83,33 @@ def test_each_number_stands_in_its_place(layout):
                 assert gate == state["experts.gate_up.weight"][e, n, d]
                 assert up == state["experts.gate_up.weight"][e, F + n, d]
                 assert down == state["experts.down.weight"][e, d, n]
+
+
+def test_each_number_of_gpt_oss_stands_in_its_place():
+    state = ours("gpt_oss")
+    theirs = export_moe(state, "gpt_oss")
+    assert torch.equal(theirs["router.bias"], state["router.logit_bias"])
+    assert torch.equal(theirs["experts.down_proj_bias"], state["experts.down.bias"])
+    for e in range(E):
+        for n in range(F):
+            bias = theirs["experts.gate_up_proj_bias"][e, 2 * n : 2 * n + 2]
+            assert torch.equal(bias, state["experts.gate_up.bias"][e, [n, F + n]])
+            for d in range(D):
+                gate, up, down = place("interleaved", theirs, e, n, d)
+                assert gate == state["experts.gate_up.weight"][e, n, d]
+                assert up == state["experts.gate_up.weight"][e, F + n, d]
+                assert down == state["experts.down.weight"][e, d, n]
+
+
+def test_the_names_of_switch():
+    state = ours("switch")
+    theirs = export_moe(state, "switch", prefix="mlp.")
+    parts = {"wi": "experts.up.weight", "wo": "experts.down.weight"}
+    names = {f"mlp.experts.expert_{e}.{part}.weight" for e in range(E) for part in parts}
+    assert theirs.keys() == names | {"mlp.router.classifier.weight"}
+    for e in range(E):
+        for part, own in parts.items():
+            assert torch.equal(theirs[f"mlp.experts.expert_{e}.{part}.weight"], state[own][e])
 
 
 def test_the_names_of_deepseek_v3_on_disk():
@@ -100,14 +129,17 @@ def test_the_names_of_deepseek_v3_on_disk():
 @MODELS
 def test_a_layer_takes_what_is_imported(model):
     state = ours(model)
-    router = {"mixtral": "top_k", "olmoe": "top_k", "qwen3_moe": "top_k"}.get(model, model)
-    top_k = 1 if model == "llama4" else 2
-    layer = zoo.create("moe", router=router, top_k=top_k, **moe_sizes(state))
+    router = model if model.startswith(("deepseek", "llama")) else {"name": "top_k"}
+    if model == "gpt_oss":
+        router["logit_bias"] = True
+    said = {"activation": {"gpt_oss": "gpt_oss", "switch": "relu"}.get(model, "silu")}
+    said |= {"top_k": 1 if model == "llama4" else 2, "router": router}
+    layer = zoo.create("moe", **said, **moe_sizes(state))
     layer.load_state_dict(import_moe(export_moe(state, model), model))
     same_bits(layer.state_dict(), state)
     x = torch.randn(2, 3, D)
     y = layer(x).y
-    other = zoo.create("moe", router=router, top_k=top_k, **moe_sizes(state))
+    other = zoo.create("moe", **said, **moe_sizes(state))
     other.load_state_dict(import_moe(export_moe(layer.state_dict(), model), model))
     assert torch.equal(other(x).y, y)
 
@@ -201,6 +233,27 @@ WRONG = {
     "a layout nobody knows": (
         lambda: export_moe(ours("mixtral"), "mixtral", layout="pakced"),
         r"unknown layout of experts 'pakced'. Did you mean 'packed'",
+    ),
+    "a layout of other experts": (
+        lambda: export_moe(ours("gpt_oss"), "gpt_oss", layout="packed"),
+        r"experts of gpt_oss are gated with biases, layout 'packed' holds gated ones: give one of "
+        r"interleaved_bias",
+    ),
+    "shared experts without their gate": (
+        broken("qwen2_moe", shared_expert_gate__weight=None),
+        r"qwen2_moe \(packed\) lacks weight 'shared_expert_gate.weight'",
+    ),
+    "a gate of no shared experts": (
+        lambda: moe_sizes(ours("qwen2_moe", 0) | {"shared_gate.weight": Z(1, D)}),
+        r"moe has no weight 'shared_gate.weight'",
+    ),
+    "biases of half an expert": (
+        broken("gpt_oss", experts__down_proj_bias=None),
+        r"lacks weight 'experts.down_proj_bias'. Nearest given: 'experts.down_proj'",
+    ),
+    "an ungated expert missing": (
+        broken("switch", experts__expert_1__wo__weight=None),
+        r"switch \(modules\) lacks weight 'experts.expert_1.wo.weight'",
     ),
     "a prefix of nothing": (
         lambda: import_moe(export_moe(ours("olmoe"), "olmoe"), "olmoe", prefix="mlp."),

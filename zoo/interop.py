@@ -5,9 +5,11 @@ shared experts; `LAYOUTS`, how the experts are stored. Both directions are pure 
 of tensors and move numbers without touching them: there and back gives the same bits, and gradients
 convert as weights do.
 
-Ours (moe.md 14.3): experts.gate_up.weight [E, 2F, D], gate rows first; experts.down.weight
-[E, D, F]; router.weight [E, D]; router.bias [E] where the router has one; shared.gate_up.weight
-[2S, D] and shared.down.weight [D, S] where there are shared experts, S wide together.
+Ours (moe.md 14.3): experts.gate_up.weight [E, 2F, D], gate rows first, or experts.up.weight
+[E, F, D] where experts are not gated; experts.down.weight [E, D, F]; biases of both, [E, 2F] and
+[E, D], where they have some; router.weight [E, D]; router.bias [E] where the router has one;
+shared.gate_up.weight [2S, D] and shared.down.weight [D, S] where there are shared experts, S wide
+together, and shared_gate.weight [1, D] where these have a gate.
 """
 
 import difflib
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor
 
 from layers.names import unknown
-from zoo.layouts import LAYOUTS, NAMINGS, Layout, Naming, Shapes
+from zoo.layouts import BODIES, LAYOUTS, NAMINGS, Layout, Naming, Shapes
 
 Tensors = Mapping[str, Tensor]
+SHARED = ("gate_proj", "up_proj", "down_proj")  # of shared experts, in every model that has some
 
 
 def import_moe(
@@ -39,8 +42,8 @@ def import_moe(
         prefix: what stands before the layer's names, e.g. "model.layers.3.mlp.".
 
     Raises:
-        ValueError: for an unknown model or layout, a name too many or too few, a wrong shape,
-            experts of several dtypes.
+        ValueError: for an unknown model or layout, a layout of other experts than the model's, a
+            name too many or too few, a wrong shape, experts of several dtypes.
     """
     naming, how, what = _find(model, layout)
     given = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
@@ -56,13 +59,15 @@ def import_moe(
     _check_tensors(given, shared, what)
     _check_tensors(given, {name: [e] for name in naming.others.values()}, what)
 
-    gate_up, down = how.read([given[name] for name in experts])
     state = {"router.weight": given[naming.router]}
     state |= {own: given[theirs] for own, theirs in naming.others.items()}
-    state |= {"experts.gate_up.weight": gate_up, "experts.down.weight": down}
+    read = how.read([given[name] for name in experts])
+    state |= dict(zip(BODIES[naming.body](e, d, 1), read, strict=True))
     if shared:
-        gate, up, last = (given[name] for name in shared)
+        gate, up, last = (given[f"{naming.shared}.{part}.weight"] for part in SHARED)
         state |= {"shared.gate_up.weight": torch.cat([gate, up]), "shared.down.weight": last}
+    if shared and naming.shared_gate:
+        state["shared_gate.weight"] = given[naming.shared_gate]
     return state
 
 
@@ -85,31 +90,47 @@ def export_moe(
     naming, how, what = _find(model, layout)
     e, d, f = _check_ours(state, naming, f"moe, for {what},")
     names = how.shapes(naming, e, d, f)
-    written = how.write(state["experts.gate_up.weight"], state["experts.down.weight"])
+    written = how.write([state[name] for name in BODIES[naming.body](e, d, f)])
     theirs = {naming.router: state["router.weight"]}
     theirs |= {name: state[own] for own, name in naming.others.items()}
     theirs |= dict(zip(names, written, strict=True))
     if "shared.down.weight" in state:
         gate, up = (half.clone() for half in state["shared.gate_up.weight"].chunk(2))
         matrices = (gate, up, state["shared.down.weight"])
-        parts = ("gate_proj", "up_proj", "down_proj")
-        theirs |= {f"{naming.shared}.{p}.weight": m for p, m in zip(parts, matrices, strict=True)}
+        theirs |= {f"{naming.shared}.{p}.weight": m for p, m in zip(SHARED, matrices, strict=True)}
+        if naming.shared_gate:
+            theirs[naming.shared_gate] = state["shared_gate.weight"]
     return {prefix + name: tensor for name, tensor in theirs.items()}
 
 
 def moe_sizes(state: Tensors) -> dict[str, int]:
-    """Sizes for `zoo.create("moe", top_k=..., router=..., **sizes)`, from our tensors.
+    """Sizes and bodies for `zoo.create("moe", top_k=..., router=..., **sizes)`, from our tensors.
+
+    What tensors do not tell is the activation: "gpt_oss" for gpt-oss, "relu" for Switch.
 
     Raises:
         ValueError: for a wrong name or shape, or shared experts that are no whole number of
             experts wide.
     """
     others = {name: name for name in ("router.bias", "router.logit_bias") if name in state}
-    e, d, f = _check_ours(state, Naming(shared="shared", others=others), "moe")
+    gate = "shared_gate.weight" if "shared_gate.weight" in state else None
+    naming = Naming(shared="shared", shared_gate=gate, others=others, body=_body(state))
+    e, d, f = _check_ours(state, naming, "moe")
     wide = state["shared.down.weight"].shape[-1] if "shared.down.weight" in state else 0
     if wide % f:
         raise ValueError(f"shared experts {wide} wide are no whole number of d_expert={f}")
-    return {"d_model": d, "d_expert": f, "n_experts": e, "n_shared": wide // f}
+    return {
+        "d_model": d, "d_expert": f, "n_experts": e, "n_shared": wide // f,
+        "shared_gate": gate is not None, "gated": naming.body != "ungated",
+        "bias": naming.body == "gated with biases",
+    }  # fmt: skip
+
+
+def _body(state: Tensors) -> str:
+    """The body of our experts by what they hold; gated where that is not whole."""
+    if "experts.up.weight" in state:
+        return "ungated"
+    return "gated with biases" if "experts.gate_up.bias" in state else "gated"
 
 
 def _find(model: str, layout: str | None) -> tuple[Naming, Layout, str]:
@@ -119,15 +140,23 @@ def _find(model: str, layout: str | None) -> tuple[Naming, Layout, str]:
     layout = NAMINGS[model].layout if layout is None else layout
     if layout not in LAYOUTS:
         raise unknown("layout of experts", layout, LAYOUTS)
-    return NAMINGS[model], LAYOUTS[layout], f"{model} ({layout})"
+    naming, how = NAMINGS[model], LAYOUTS[layout]
+    if naming.body != how.body:
+        fits = ", ".join(name for name, row in LAYOUTS.items() if row.body == naming.body)
+        raise ValueError(
+            f"experts of {model} are {naming.body}, layout {layout!r} holds {how.body} ones: "
+            f"give one of {fits}"
+        )
+    return naming, how, f"{model} ({layout})"
 
 
 def _shared_shapes(naming: Naming, given: Collection[str], d: int, s: int) -> Shapes:
-    """Of the shared experts, one FFN S wide; none where none is given."""
+    """Of the shared experts, one FFN S wide, and of their gate; none where none is given."""
     if naming.shared is None or not any(k.startswith(f"{naming.shared}.") for k in given):
         return {}
-    shapes = {"gate_proj": [s, d], "up_proj": [s, d], "down_proj": [d, s]}
-    return {f"{naming.shared}.{part}.weight": shape for part, shape in shapes.items()}
+    gate = {naming.shared_gate: [1, d]} if naming.shared_gate else {}
+    shapes = zip(SHARED, ([s, d], [s, d], [d, s]), strict=True)
+    return gate | {f"{naming.shared}.{part}.weight": shape for part, shape in shapes}
 
 
 def _check_ours(state: Tensors, naming: Naming, what: str) -> tuple[int, int, int]:
@@ -136,9 +165,9 @@ def _check_ours(state: Tensors, naming: Naming, what: str) -> tuple[int, int, in
 
     def shapes(f: int, s: int) -> tuple[Shapes, Shapes]:
         has_shared = naming.shared and any(k.startswith("shared.") for k in state)
-        shared = {"shared.gate_up.weight": [2 * s, d], "shared.down.weight": [d, s]}
-        experts = {"experts.gate_up.weight": [e, 2 * f, d], "experts.down.weight": [e, d, f]}
-        return experts, shared if has_shared else {}
+        shared = {"shared_gate.weight": [1, d]} if naming.shared_gate else {}
+        shared |= {"shared.gate_up.weight": [2 * s, d], "shared.down.weight": [d, s]}
+        return BODIES[naming.body](e, d, f), shared if has_shared else {}
 
     experts, shared = shapes(1, 1)
     _check_names(state, {"router.weight", *naming.others, *experts, *shared}, what)
@@ -171,7 +200,7 @@ def _check_names(given: Collection[str], wanted: set[str], what: str) -> None:
     extra, lacking = sorted(set(given) - wanted), sorted(wanted - set(given))
     if extra:
         near = _nearest(extra[0], lacking or wanted, "Nearest:")
-        known = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in wanted}))
+        known = ", ".join(sorted({re.sub(r"(?<=[._])\d+(?=\.)", "*", name) for name in wanted}))
         raise ValueError(f"{what} has no weight {extra[0]!r}{_more(extra)}.{near} Known: {known}")
     if lacking:
         near = _nearest(lacking[0], given, "Nearest given:")

@@ -3,8 +3,8 @@
 Float32 on both sides. The tolerance is 2e-6 of the largest number of each tensor: some twenty
 roundings of float32, since sums are taken in another order here and there.
 
-Not whole: Qwen2-MoE's gate on its shared expert, Switch's experts without a gate and gpt-oss's with
-biases and a clamped activation are no options of `moe`.
+Theirs of Switch takes at most `expert_capacity` tokens of each sequence; here it drops none, and
+jitter, which there reaches the experts too, is off in evaluation.
 """
 
 import pytest
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.parity
 B, S, D, F, E, K = 2, 24, 16, 12, 16, 4
 SIZES = {"hidden_size": D, "num_experts_per_tok": K, "num_hidden_layers": 1, "vocab_size": 32}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
-# model: (their block, their config, our router); the rest of both is equal. Presets as they are.
+# model: (their block, their config, our row or router); the rest of both is equal. Presets as they
+# are.
 BLOCKS = {
     "mixtral": (
         "MixtralSparseMoeBlock", {"num_local_experts": E, "intermediate_size": F},
@@ -27,6 +28,12 @@ BLOCKS = {
     "olmoe": (
         "OlmoeSparseMoeBlock", {"num_experts": E, "intermediate_size": F},
         {"name": "top_k", "preset": "olmoe"},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeSparseMoeBlock",
+        {"num_experts": E, "moe_intermediate_size": F, "shared_expert_intermediate_size": 3 * F,
+         "norm_topk_prob": False},
+        {"name": "top_k", "preset": "qwen2"},
     ),
     "qwen3_moe": (
         "Qwen3MoeSparseMoeBlock",
@@ -50,11 +57,23 @@ BLOCKS = {
         {"num_local_experts": E, "intermediate_size": F, "num_experts_per_tok": 1},
         {"name": "llama4"},
     ),
+    "gpt_oss": (
+        "GptOssMLP", {"num_local_experts": E, "intermediate_size": F},
+        {"name": "top_k", "preset": "gpt_oss"},
+    ),
+    "switch": (
+        "SwitchTransformersSparseMLP",
+        {"d_model": D, "d_ff": F, "num_experts": E, "num_experts_per_tok": 1, "expert_capacity": S},
+        {"name": "top_k", "preset": "switch"},
+    ),
 }  # fmt: skip
+# theirs, where it is not the model's name; what no tensor tells of the body
+FOLDERS = {"switch": "switch_transformers"}
+BODIES = {"gpt_oss": {"activation": "gpt_oss"}, "switch": {"activation": "relu"}}
 CONFIGS = {"mixtral": "MixtralConfig", "olmoe": "OlmoeConfig", "qwen3_moe": "Qwen3MoeConfig",
            "deepseek_v2": "DeepseekV2Config", "deepseek_v3": "DeepseekV3Config",
            "llama4": "Llama4TextConfig", "qwen2_moe": "Qwen2MoeConfig",
-           "gpt_oss": "GptOssConfig"}  # fmt: skip
+           "gpt_oss": "GptOssConfig", "switch": "SwitchTransformersConfig"}  # fmt: skip
 
 
 def draw(module):
@@ -68,14 +87,18 @@ def draw(module):
 def theirs(model, block, options, experts="eager"):
     """A block of transformers with weights drawn, its experts run by one of their ways."""
     pytest.importorskip("transformers")
-    modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
-    config = getattr(modeling, CONFIGS[model])(**SIZES | HEADS | options)
+    folder = FOLDERS.get(model, model)
+    modeling = pytest.importorskip(f"transformers.models.{folder}.modeling_{folder}")
+    sizes = {} if model == "switch" else SIZES | HEADS
+    config = getattr(modeling, CONFIGS[model])(**sizes | options)
     config._experts_implementation = experts
-    return draw(getattr(modeling, block)(config))
+    return draw(getattr(modeling, block)(config).eval())
 
 
-def our_block(state, router, top_k=K):
-    layer = zoo.create("moe", router=router, top_k=top_k, **moe_sizes(state))
+def our_block(state, model):
+    options, router = BLOCKS[model][1:]
+    sizes = {"top_k": options.get("num_experts_per_tok", K)} | BODIES.get(model, {})
+    layer = zoo.create("moe", router=router, **sizes, **moe_sizes(state)).eval()
     layer.load_state_dict(state)
     return layer
 
@@ -86,7 +109,9 @@ def run(module, x, probe):
     out = module(x)
     y = (out if isinstance(out, torch.Tensor) else out[0]).view_as(x)
     weights = dict(module.named_parameters())
-    grads = torch.autograd.grad((y * probe).sum(), [x, *weights.values()])
+    inputs = [x, *weights.values()]
+    # an expert of Switch is a module of its own, without a gradient where no token chose it
+    grads = torch.autograd.grad((y * probe).sum(), inputs, materialize_grads=True)
     return y.detach(), grads[0], dict(zip(weights, grads[1:], strict=True))
 
 
@@ -113,76 +138,54 @@ def assert_same(model, block, layer):
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("model", BLOCKS)
 def test_a_block_of_transformers_is_ours(model, experts):
-    name, options, router = BLOCKS[model]
+    name, options, _ = BLOCKS[model]
     block = theirs(model, name, options, experts)
-    top_k = options.get("num_experts_per_tok", K)
-    assert_same(model, block, our_block(import_moe(block.state_dict(), model), router, top_k))
+    assert_same(model, block, our_block(import_moe(block.state_dict(), model), model))
 
 
 @pytest.mark.parametrize("model", BLOCKS)
 def test_ours_is_a_block_of_transformers(model):
     """The other way: exported, a strict `load_state_dict` of theirs takes it all."""
-    name, options, router = BLOCKS[model]
+    name, options, _ = BLOCKS[model]
     block = theirs(model, name, options)
-    top_k = options.get("num_experts_per_tok", K)
-    sizes = moe_sizes(import_moe(block.state_dict(), model))
-    layer = draw(zoo.create("moe", router=router, top_k=top_k, **sizes))
+    layer = draw(our_block(import_moe(block.state_dict(), model), model))
     block.load_state_dict(export_moe(layer.state_dict(), model))
     assert_same(model, block, layer)
 
 
-def test_the_routed_half_of_qwen2_moe():
-    """With a shared expert of zeros: its gate is no option of `moe`."""
-    options = {
-        "num_experts": E, "moe_intermediate_size": F, "shared_expert_intermediate_size": 2 * F,
-        "norm_topk_prob": False,
-    }  # fmt: skip
-    block = theirs("qwen2_moe", "Qwen2MoeSparseMoeBlock", options)
-    torch.nn.init.zeros_(block.shared_expert.down_proj.weight)
-    state = {k: t for k, t in block.state_dict().items() if not k.startswith("shared_expert")}
-    layer = our_block(import_moe(state, "qwen3_moe"), {"name": "top_k", "preset": "qwen2"})
-    x, probe = torch.randn(2, B, S, D)
-    y, dx, dw = run(layer, x, probe)
-    their_y, their_dx, their_dw = run(block, x, probe)
-    routed = {k: g for k, g in their_dw.items() if not k.startswith("shared_expert")}
-    assert_near(y, their_y, "y")
-    assert_near(dx, their_dx, "dx")
-    for name, grad in import_moe(routed, "qwen3_moe").items():
-        assert_near(dw[name], grad, f"gradient of {name}")
+def test_gpt_oss_meets_its_bounds():
+    """First matrices eight times as large: gates above 7, and linear halves beyond both bounds."""
+    name, options, _ = BLOCKS["gpt_oss"]
+    block = theirs("gpt_oss", name, options)
+    with torch.no_grad():
+        block.experts.gate_up_proj.mul_(8)
+    layer = our_block(import_moe(block.state_dict(), "gpt_oss"), "gpt_oss")
+    seen = []
+    layer.experts.gate_up.register_forward_hook(lambda *call: seen.append(call[2]))
+    assert_same("gpt_oss", block, layer)
+    gate, up = seen[0].chunk(2, dim=-1)
+    assert (gate > 7).any()
+    assert (up > 7).any()
+    assert (up < -7).any()
 
 
-def test_gpt_oss_where_its_experts_are_swiglu():
-    """alpha 1, no clamp and biases that take its `up + 1` back: all else that it does is ours.
-
-    Its biases and clamp are no options of `moe`.
-    """
-    options = {"num_local_experts": E, "intermediate_size": F}
-    block = theirs("gpt_oss", "GptOssMLP", options)
-    block.experts.alpha, block.experts.limit = 1.0, float("inf")
-    torch.nn.init.zeros_(block.experts.gate_up_proj_bias)
-    torch.nn.init.constant_(block.experts.gate_up_proj_bias[:, 1::2], -1.0)
-    torch.nn.init.zeros_(block.experts.down_proj_bias)
-
-    def taken(tensors):
-        ours = {k: t for k, t in tensors.items() if not k.endswith("bias")}
-        state = import_moe(ours, "llama4", layout="interleaved")  # their names, without the biases
-        return state | {"router.logit_bias": tensors["router.bias"]}
-
-    layer = our_block(taken(block.state_dict()), {"name": "top_k", "preset": "gpt_oss"})
-    x, probe = torch.randn(2, B, S, D)
-    y, dx, dw = run(layer, x, probe)
-    their_y, their_dx, their_dw = run(block, x, probe)
-    assert_near(y, their_y, "y")
-    assert_near(dx, their_dx, "dx")
-    expected = taken(their_dw)
-    assert expected.keys() == dw.keys()
-    for name, grad in expected.items():
-        assert_near(dw[name], grad, f"gradient of {name}")
+def test_rows_of_the_catalogue_are_those_blocks():
+    """`zoo.create(row)` alone settles what BLOCKS and BODIES say."""
+    rows = {"gpt_oss": "gpt_oss_moe", "qwen2_moe": "qwen2_moe", "switch": "switch"}
+    for model, row in rows.items():
+        name, options, _ = BLOCKS[model]
+        state = import_moe(theirs(model, name, options).state_dict(), model)
+        top_k = options.get("num_experts_per_tok", K)
+        layer = zoo.create(row, top_k=top_k, **moe_sizes(state)).eval()
+        layer.load_state_dict(state)
+        x = torch.randn(B, S, D)
+        assert torch.equal(layer(x).y, our_block(state, model)(x).y)
 
 
 WHOLE = {
     "mixtral": ("MixtralForCausalLM", "model.layers.0.block_sparse_moe.", "mlp"),
     "olmoe": ("OlmoeForCausalLM", "model.layers.0.mlp.", "mlp"),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "model.layers.0.mlp.", "mlp"),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "model.layers.0.mlp.", "mlp"),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "model.layers.0.mlp.", "mlp"),
 }
@@ -196,7 +199,7 @@ def test_a_layer_of_a_checkpoint_on_disk(model, tmp_path):
     pytest.importorskip("transformers")
     modeling = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     name, prefix, part = WHOLE[model]
-    _, options, router = BLOCKS[model]
+    _, options, _ = BLOCKS[model]
     options = {"first_k_dense_replace": 0, "decoder_sparse_step": 1} | options
     whole = getattr(modeling, name)(getattr(modeling, CONFIGS[model])(**SIZES | HEADS | options))
     block = draw(getattr(whole.model.layers[0], part))
@@ -207,4 +210,4 @@ def test_a_layer_of_a_checkpoint_on_disk(model, tmp_path):
     packed = import_moe(block.state_dict(), model)
     assert state.keys() == packed.keys()
     assert all(torch.equal(state[k], packed[k]) for k in state)
-    assert_same(model, block, our_block(state, router))
+    assert_same(model, block, our_block(state, model))
