@@ -218,6 +218,19 @@ def test_a_language_model_refuses_an_order_that_looks_ahead(name):
     zoo.ModelConfig(**{**config, "ffn": {**ffn, "priority": "position"}}).layers()
 
 
+def test_published_mixtures_have_the_capacity_of_their_papers():
+    def settled(name, preset=None):
+        choice = zoo.resolve(name, d_model=D, preset=preset)
+        c = choice.config
+        return c.capacity_factor, c.eval_capacity_factor, c.priority, choice.causal
+
+    assert settled("switch") == (1.25, 2.0, "position", True)
+    assert settled("switch", "dropless") == (None, None, "position", True)
+    assert settled("vmoe") == (None, None, "position", True)
+    assert settled("vmoe", "batch_priority") == (1.05, 1.05, "batch", False)
+    assert settled("gshard_moe", "capacity") == (1.0, None, "choice", False)
+
+
 def test_weights_of_the_input_are_kept_too():
     router = Llama4Router(Llama4RouterConfig(d_model=D, n_experts=E, top_k=K))
     layer = moe(router=router, priority="weight")

@@ -159,7 +159,7 @@ def test_same_input_twice_gives_the_same_bits(entry):
 
 @every_variant
 def test_a_token_does_not_see_its_neighbours(entry):
-    if not entry.tokenwise:
+    if not zoo.resolve(entry.name, **entry.tiny).tokenwise:
         pytest.skip("the catalogue says that its tokens see one another")
     ffn, x = tiny(entry)
     ffn.eval()  # a capacity in training lets one token take another's place

@@ -60,6 +60,8 @@ MIXTURES = (
         paper="arXiv:2006.16668",
         defaults={"n_experts": 16, "activation": "relu", "gated": False},
         tiny=TINY,
+        # 2 T / E slots, first choices before second ones, which looks ahead: so not the default
+        presets={"capacity": {"capacity_factor": 1.0, "priority": "choice"}},
     ),
     Entry(
         name="hash_moe", module=MoE, config=MoEConfig, width="d_expert", router="sign_hash",
@@ -142,10 +144,14 @@ MIXTURES = (
     Entry(
         name="switch", module=MoE, config=MoEConfig, width="d_expert",
         router={"name": "top_k", "preset": "switch"},
-        summary="top 1 of ungated ReLU experts, weighed by its probability",
+        summary="top 1 of ungated ReLU experts, weighed by its probability, within a capacity",
         paper="arXiv:2101.03961",
-        defaults={"n_experts": 16, "top_k": 1, "activation": "relu", "gated": False},
+        defaults={
+            "n_experts": 16, "top_k": 1, "activation": "relu", "gated": False,
+            "capacity_factor": 1.25, "eval_capacity_factor": 2.0,
+        },
         tiny={**TINY, "top_k": 1},
+        presets={"dropless": {"capacity_factor": None, "eval_capacity_factor": None}},
     ),
     Entry(
         name="vmoe", module=MoE, config=MoEConfig, width="d_expert", router="vmoe",
@@ -153,6 +159,10 @@ MIXTURES = (
         paper="arXiv:2106.05974",
         defaults={"n_experts": 32, "activation": "gelu", "gated": False, "bias": True},
         tiny=TINY,
+        # tokens that are surest of their choice first: it looks ahead, so not the default
+        presets={"batch_priority": {
+            "capacity_factor": 1.05, "eval_capacity_factor": 1.05, "priority": "batch",
+        }},
     ),
 )
 # fmt: on
