@@ -130,7 +130,9 @@ def check_checkpoint(path: Path, fingerprint: str) -> bool:
     Raises:
         ValueError: when it is damaged, or of another recipe than that of the fingerprint.
     """
-    if not path.exists() and not path.is_symlink():
+    if not path.exists():
+        if path.is_symlink():
+            raise _damaged(path, "its folder is gone")
         return False
     if path.is_dir():
         try:
@@ -147,7 +149,7 @@ def check_checkpoint(path: Path, fingerprint: str) -> bool:
     return True
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged(path: Path, error: Exception | str) -> ValueError:
     reason = " ".join(str(error).split())[:80]
     return ValueError(f"checkpoint {path} is damaged ({reason}): delete it to train from the start")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recipes.data import TextData
 from recipes.metrics import Evaluation, evaluate
-from recipes.ranks import data_rank, meaned
+from recipes.ranks import data_group, meaned
 from recipes.report.records import Point
 from recipes.router_rows import (
     RouterRows,
@@ -168,7 +168,7 @@ class Curve(Callback):
     def _evaluated(self, task: LanguageModelTask) -> Row:
         """Bits per byte, sharpness and figures of routers, on the thinned validation part."""
         eps = task.recipe.trainer.sharpness_eps
-        group = data_rank(task.trainer).group
+        group = data_group(self.data.trainer)
         found = evaluate(task.model, self.data.val_dataloader(), self.data.domains, eps, group)
         final = found.bpb.final()
         row: Row = dict.fromkeys(self._eval_keys(task))
@@ -208,7 +208,7 @@ class Curve(Callback):
 def final_evaluation(task: LanguageModelTask, data: TextData) -> Evaluation:
     """The validation part, thinned to `final_bytes_per_domain` where the recipe says so."""
     loader = data.eval_loader("validation", data.config.final_bytes_per_domain)
-    group = data_rank(task.trainer).group
+    group = data_group(data.trainer)
     return evaluate(task.model, loader, data.domains, task.recipe.trainer.sharpness_eps, group)
 
 

@@ -55,6 +55,9 @@ def launch(out: Path, variant: str, run_id: str | None, trainer: TrainerConfig) 
                     )
                 )  # fmt: skip
         _wait(ranks, out)
+        for rank in range(trainer.devices):
+            if not errors_of(out, rank).read_bytes():
+                errors_of(out, rank).unlink()
     finally:
         for process in ranks:
             process.kill()
@@ -65,9 +68,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]], out: Path) -> None:
     """Until all have ended well, or one has not."""
     while True:
         statuses = [process.poll() for process in ranks]
-        for rank, status in enumerate(statuses):
-            if status:
-                _fail(out, rank, status)
+        failed = [rank for rank, status in enumerate(statuses) if status]
+        if failed:  # the one that says why, where the others fail for its absence
+            rank = next((rank for rank in failed if statuses[rank] == KNOWN_ERROR), failed[0])
+            _fail(out, rank, statuses[rank] or 0)
         if all(status == 0 for status in statuses):
             return
         time.sleep(POLL_S)
@@ -83,7 +87,7 @@ def _fail(out: Path, rank: int, status: int) -> None:
 
 
 def errors_of(out: Path, rank: int) -> Path:
-    """Where a rank's stderr goes."""
+    """Where a rank's stderr goes; gone once it has ended without a word."""
     return out / f"stderr-{rank}.txt"
 
 

@@ -47,21 +47,22 @@ def n_data(t: TrainerConfig) -> int:
 
 
 class DataRank(NamedTuple):
-    """Which batch a process reads, of how many; and who reads the others."""
+    """Which batch a process reads, of how many."""
 
     rank: int
     world: int
-    group: Any  # of processes that read a batch each; None: all of them
 
 
 def data_rank(trainer: pl.Trainer | None) -> DataRank:
     """The place of this process among those that read data."""
     sampler = None if trainer is None else trainer.distributed_sampler_kwargs
-    if trainer is None or sampler is None:
-        return DataRank(0, 1, None)
-    mesh = getattr(trainer.strategy, "device_mesh", None)
-    group = None if mesh is None else mesh[DATA].get_group()
-    return DataRank(sampler["rank"], sampler["num_replicas"], group)
+    return DataRank(0, 1) if not sampler else DataRank(sampler["rank"], sampler["num_replicas"])
+
+
+def data_group(trainer: pl.Trainer | None) -> Any:
+    """The process group of one rank for each batch that is read; None: all processes."""
+    mesh = None if trainer is None else getattr(trainer.strategy, "device_mesh", None)
+    return None if mesh is None else mesh[DATA].get_group()
 
 
 def meaned(sums: dict[str, float]) -> dict[str, float]:

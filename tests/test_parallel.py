@@ -6,6 +6,7 @@ and halves are exact, so float32 runs must agree to the bit. With experts over b
 """
 
 import json
+import os
 import shutil
 from typing import Any
 
@@ -15,7 +16,9 @@ from parallel_toys import MOE, MOE_PLUS_PLUS, brief, cut_after, ranks
 from recipe_toys import refused
 from safetensors.torch import load_file
 
-from recipes.load import load
+from recipes.cli import app
+from recipes.launch import launch
+from recipes.load import load, to_yaml
 from recipes.train import train
 
 STEPS = 8
@@ -47,6 +50,12 @@ BIASED = {"name": "deepseek_v3", "bias_step": 0.01}
 MOVING = MOE | {"router": BIASED}  # state that counts over ranks move
 
 
+def diverging():
+    """A run that breaks in its first steps; blocks are recomputed, experts and batches shared."""
+    recipe = recipe_of(MOE, **FSDP, activation_checkpointing=True)
+    return recipe | {"optim": {"lr": 1e30, "clip_norm": 1.0}}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A directory with all runs."""
@@ -67,6 +76,7 @@ def runs(tmp_path_factory):
         ("ddp", recipe_of(MOVING, **DDP), "ddp", None),
         ("fsdp", recipe_of(MOVING, **FSDP), "fsdp", None),
         ("ep", recipe_of(MOVING, **EP, accumulate=2), "ep", None),
+        ("diverging", diverging(), "diverging", None),
         ("cut fsdp", recipe_of(MOVING, **FSDP), "fsdp_to_ddp", 6),
         ("as ddp", recipe_of(MOVING, **DDP), "fsdp_to_ddp", None),
         ("cut ep", recipe_of(MOE_PLUS_PLUS, **EP), "plus_2_to_1", 6),
@@ -124,9 +134,40 @@ def test_checkpoints_are_what_they_were(runs):
         assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", f"step-{STEPS}"}
 
 
+def test_ranks_diverge_together(runs):
+    result = json.loads((runs / "diverging" / "result.json").read_text())
+    assert result["diverged"]
+    assert result["final"]["bpb"] is None
+    assert not (runs / "diverging" / "weights.safetensors").exists()
+
+
+def test_a_damaged_shard_is_named(runs, tmp_path):
+    """And what one process may go on with is no other recipe: it is refused for damage alone."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "fsdp", run, symlinks=True)
+    (run / "result.json").unlink()
+    shard = sorted((run / "checkpoints" / f"step-{STEPS}").glob("__1_*.distcp"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    with refused(f"last.ckpt is damaged (wrong checksum of {shard.name}): delete it to train"):
+        train(load(recipe_of(MOVING, batch=8)), run)
+    shutil.rmtree(shard.parent)
+    with refused("last.ckpt is damaged (its folder is gone): delete it to train"):
+        train(load(recipe_of(MOVING, batch=8)), run)
+
+
 def test_gradients_are_those_of_one_process(runs):
     found = told(runs, "gradients")
     assert len(found) == 6
+    assert found == {case: [] for case in found}
+
+
+@pytest.mark.slow
+def test_both_axes_at_once(tmp_path):
+    """Four processes: two share each expert's numbers, two its layer's experts."""
+    ranks(tmp_path, [("gradients", None, None, None)], world=4)
+    found = told(tmp_path, "gradients")
     assert found == {case: [] for case in found}
 
 
@@ -196,10 +237,39 @@ def test_another_global_batch_is_refused(tmp_path):
 
 
 def test_the_command_starts_its_processes(tmp_path):
-    """With two ranks whose precision draws streams and keeps scales; and what a rank refuses."""
-    recipe = recipe_of("mlp", max_steps=2, **DDP) | {"precision": PRECISIONS["fp8_delayed"]}
-    with brief():
-        result = train(load(recipe), tmp_path)
+    recipe = recipe_of("mlp", max_steps=2) | {"precision": PRECISIONS["fp8_delayed"]}
+    (tmp_path / "tiny.yaml").write_text(to_yaml(load(recipe)))
+    said = [str(tmp_path / "tiny.yaml"), f"out={tmp_path / 'run'}", "trainer.devices=2"]
+    app(["train", *said], standalone_mode=False)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["steps"] == 2
     assert result["tokens"] == 2 * 2 * 4 * 32
-    assert (tmp_path / "stderr-1.txt").read_text() == ""
+    assert result["recipe"]["trainer"]["devices"] == 2
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    assert not list((tmp_path / "run").glob("stderr-*"))
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        (2, ValueError, "^what is wrong$"),  # a known error, and no traceback of the parent's
+        (3, RuntimeError, r"^process 1 ended with status 3: what is wrong \(see .*stderr-1.txt\)$"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(status, error, message, tmp_path, monkeypatch):
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"""#!/bin/sh
+echo $$ > {tmp_path}/pid-$LOCAL_RANK
+[ $LOCAL_RANK = 1 ] || exec sleep 600
+while [ ! -s {tmp_path}/pid-0 ]; do sleep 0.01; done
+echo what is wrong >&2
+exit {status}
+"""
+    )
+    stub.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(stub))
+    with pytest.raises(error, match=message):
+        launch(tmp_path, "mlp", None, load(recipe_of("mlp", **DDP)).trainer)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid-0").read_text()), 0)
