@@ -38,8 +38,8 @@ def routers_of(model: nn.Module) -> dict[int, nn.Module]:
 def watched(model: nn.Module) -> Iterator[dict[int, Routing]]:
     """{layer: what its router returned}, filled anew by every forward while the context is open.
 
-    Compiled code keeps no account of hooks that come and go, so a compiled model with routers runs
-    eagerly in here.
+    torch.compile does not promise to notice hooks that come and go (it skips their guards), so a
+    compiled model with routers runs eagerly in here.
     """
     seen: dict[int, Routing] = {}
     with ExitStack() as open_:

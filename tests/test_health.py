@@ -155,6 +155,9 @@ def test_a_near_tie_is_a_choice_that_bfloat16_would_change():
     assert health_of(routed(logits, 2)).near_ties == 0.25  # the last one now
     elsewhere = routed(-logits, 1)._replace(logits=logits)
     assert health_of(elsewhere).near_ties is None
+    most = routed(torch.arange(3).float().expand(200, 3), 1)
+    most.experts[0] = 0  # one choice that the logits do not tell is left out
+    assert health_of(most).near_ties == 0
 
 
 def test_a_choice_is_explained_by_a_sort_that_keeps_the_order_of_equals():
@@ -228,6 +231,20 @@ def test_watching_changes_no_bit_and_leaves_nothing(router):
     assert not seen
     assert torch.equal(before.logits, during.logits)
     assert torch.equal(before.stats[1]["counts"], during.stats[1]["counts"])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_seen_in_every_evaluation():
+    """Eagerly, to the bit, and again after a compiled step."""
+    recipe = tiny_recipe(MOE, "precision=fp32", "model.n_layers=1", *SMALL)
+    data = TextData(recipe.data, 0)
+    plain, model = build_model(recipe), build_model(recipe)
+    model.compile(backend="eager")
+    expected = evaluate(plain, data.val_dataloader(), data.domains).health.layers()
+    for _ in range(2):
+        model(next(iter(data.train_dataloader())).tokens)
+        found = evaluate(model, data.val_dataloader(), data.domains)
+        assert found.health.layers() == expected
 
 
 def test_pairs_of_an_evaluation_are_its_counts():
