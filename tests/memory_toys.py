@@ -2,6 +2,13 @@
 
 import torch
 
+import zoo
+
+
+def small(name, **options):
+    sizes = {"d_model": 16, "n_keys": 6, "top_k": 4, "d_key": 4, **options}
+    return zoo.create(name, **({"d_ff": 64} if "ultra" in name else {}), **sizes)
+
 
 def rms(v, gain):
     return v / torch.sqrt((v * v).mean() + 1e-5) * gain

@@ -1,5 +1,6 @@
 """A memory layer: query, retriever, pool and readout, in any combination (memory.md 1, 14)."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class MemoryConfig:
         return (
             self.query.cost().within("query.")
             + self.keys.cost().within("keys.")
-            + self.pool.cost(self.keys.hits, owned=self.owner == "own").within("pool.")
+            + self.pool.cost_of(self.keys.hits, owned=self.owner == "own").within("pool.")
             + self.readout.cost().within("readout.")
         )
 
@@ -115,5 +116,5 @@ def slot_usage(slots: Tensor) -> tuple[Tensor, Tensor]:
     Even use has a KL of 0; a single row read, log M.
     """
     z = slots.double() / slots.sum().clamp(min=1)
-    unevenness = torch.log(torch.tensor(float(slots.numel()))) + torch.xlogy(z, z).sum()
+    unevenness = math.log(slots.numel()) + torch.xlogy(z, z).sum()
     return (slots > 0).double().mean(), unevenness

@@ -35,7 +35,7 @@ class PoolConfig:
         if self.d_input < 0:
             raise ValueError(f"d_input must not be negative, got {self.d_input}")
 
-    def cost(self, hits: int, *, owned: bool = True) -> Cost:
+    def cost_of(self, hits: int, *, owned: bool = True) -> Cost:
         """One token's cost.
 
         Args:
