@@ -171,7 +171,7 @@ def check(recipe: Recipe) -> None:
         )
     recipe.model.layers()
     if (trainer.devices, trainer.expert_parallel, trainer.strategy) != (1, 1, "auto"):
-        from recipes.parallel import check_parallel  # distributed tensors take a second to load
+        from recipes.parallel import check_parallel  # as heavy as lightning
 
         check_parallel(recipe)
     policy_of(recipe.precision)

@@ -1,9 +1,7 @@
 """Training on several processes: Lightning's strategies as a recipe asks for them.
 
-    ddp    every process holds the model, gradients are averaged; a checkpoint is one file
-    fsdp2  blocks are sharded, and experts if asked for (zoo.parallel); it is a folder of shards
-
-Imported where there are several devices only: distributed tensors take a second to load.
+ddp    every process holds the model, gradients are averaged; a checkpoint is one file
+fsdp2  blocks are sharded, and experts if asked for (zoo.parallel); it is a folder of shards
 """
 
 from collections.abc import Iterable

@@ -10,7 +10,9 @@ import zoo
 from recipes.batches import Batch
 from recipes.metrics import Evaluation, on_device, token_nats
 from recipes.optim import build_optimizer, build_schedule
+from recipes.parallel import LocalAdamW, clip_gradients
 from recipes.schema import Recipe
+from zoo.parallel import parallelize
 
 
 def build_model(recipe: Recipe) -> zoo.LanguageModel:
@@ -88,8 +90,6 @@ class LanguageModelTask(pl.LightningModule):
     def configure_model(self) -> None:
         """Shard the model where the run's strategy has a mesh to shard it over."""
         if self.device_mesh is not None and not self._sharded:
-            from zoo.parallel import parallelize
-
             parallelize(self.model, self.device_mesh)
             self._sharded = True
 
@@ -101,8 +101,6 @@ class LanguageModelTask(pl.LightningModule):
         if not self._sharded:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val is not None:
-            from recipes.parallel import clip_gradients
-
             clip_gradients(self.model.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
@@ -110,8 +108,6 @@ class LanguageModelTask(pl.LightningModule):
         recipe = self.recipe
         optimizer = build_optimizer(self.model, recipe.optim)
         if self._sharded:
-            from recipes.parallel import LocalAdamW
-
             optimizer = LocalAdamW.of(optimizer)
         schedule = build_schedule(optimizer, recipe.optim, recipe.trainer.max_steps)
         return {

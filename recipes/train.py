@@ -27,6 +27,7 @@ from recipes.data import TextData
 from recipes.initial import begin_from, check_begun, init_sha256
 from recipes.launch import launch
 from recipes.names import ffn_label, precision_label
+from recipes.parallel import strategy_of
 from recipes.precision_callbacks import precision_callbacks
 from recipes.prior import prior_callbacks
 from recipes.probes import probe_callbacks, recorded
@@ -42,10 +43,11 @@ from recipes.ranks import (
 )
 from recipes.report.records import SCHEMA, Final, Run, Sample, Speed
 from recipes.runtime import interruptible, settings
-from recipes.schema import Recipe, TrainerConfig
+from recipes.schema import Recipe
 from recipes.stability import diverged_at, spikes
 from recipes.task import LanguageModelTask
 from zoo.generate import generate
+from zoo.parallel import whole
 from zoo.pretrained import own_tensors
 
 LOCK_WAIT_S = 5.0  # a run that was killed may take a moment to be gone
@@ -188,7 +190,7 @@ def lean_trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.
     return pl.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
-        strategy=_strategy(config),
+        strategy=strategy_of(config),
         max_steps=config.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=config.accumulate,
@@ -204,14 +206,6 @@ def lean_trainer(recipe: Recipe, out: Path, callbacks: list[pl.Callback]) -> pl.
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def _strategy(config: TrainerConfig) -> Any:
-    if config.devices == 1:
-        return "auto"
-    from recipes.parallel import strategy_of  # distributed tensors take a second to load
-
-    return strategy_of(config)
 
 
 def _finish(
@@ -290,12 +284,7 @@ def _save_weights(task: LanguageModelTask, path: Path) -> None:
 
 def whole_tensors(task: LanguageModelTask) -> dict[str, Tensor]:
     """The weights by name, gathered where they are sharded: all ranks take part."""
-    tensors = own_tensors(task.model)
-    if not is_sharded(task.recipe.trainer):
-        return tensors
-    from zoo.parallel import whole
-
-    return {name: whole(t) for name, t in tensors.items()}
+    return {name: whole(t) for name, t in own_tensors(task.model).items()}
 
 
 def sample(task: LanguageModelTask, data: TextData) -> str:

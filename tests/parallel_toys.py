@@ -82,9 +82,13 @@ def mesh_of(n_experts: int) -> Any:
     return dist.init_device_mesh("cpu", shape, mesh_dim_names=(DATA, EXPERTS))
 
 
-def pair(ffn: dict[str, Any], n_experts: int) -> tuple[Any, Any, torch.Tensor]:
-    """The same model whole and sharded, and the batch of all."""
+def pair(ffn: Any, n_experts: int) -> tuple[Any, Any, torch.Tensor]:
+    """The same model whole and sharded, and the batch of all. "tied": blocks that share an FFN."""
+    tied, ffn = ffn == "tied", "mlp" if ffn == "tied" else ffn
     one, many = model_of(ffn), model_of(ffn)
+    if tied:
+        for model in (one, many):
+            model.blocks[1].ffn = model.blocks[0].ffn
     parallelize(many, mesh_of(n_experts))
     tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(1))
     return one, many, tokens
@@ -92,14 +96,18 @@ def pair(ffn: dict[str, Any], n_experts: int) -> tuple[Any, Any, torch.Tensor]:
 
 MOE = {"name": "moe", "n_experts": 4, "d_expert": 16}
 MOE_PLUS_PLUS = {"name": "moe_plus_plus", "n_experts": 4, "d_expert": 16}
-KINDS = {"moe": MOE, "moe_plus_plus": MOE_PLUS_PLUS, "shared": MOE | {"n_shared": 1}}
+BIASES = {"name": "gpt_oss_moe", "n_experts": 4, "top_k": 2, "d_expert": 16}
+KINDS = {
+    "moe": MOE, "moe_plus_plus": MOE_PLUS_PLUS, "shared": MOE | {"n_shared": 1}, "biases": BIASES,
+    "tied": "tied",
+}  # fmt: skip
 
 
 def gradients() -> dict[str, Any]:
     """Names of gradients that are not those of one process to the bit, by kind and axis."""
     world, found = dist.get_world_size(), {}
     for kind, ffn in KINDS.items():
-        for axis, n_experts in (("data", 1), ("experts", 2)):
+        for axis, n_experts in (("data", 1), ("experts", 2))[: 1 if kind == "tied" else 2]:
             one, many, tokens = pair(ffn, n_experts)
             parts = tokens.chunk(world // n_experts)
             for part in parts:

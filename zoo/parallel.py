@@ -1,6 +1,6 @@
 """A language model spread over processes: experts over one axis, everything else over the other.
 
-Imported only where it is used: distributed tensors take a second to load.
+No part of `import zoo`: distributed tensors take a second to load.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from layers.experts import Experts
-from layers.parallel import ShardedExperts, check_experts, shard_experts
+from layers.parallel import check_experts, shard_experts
 from zoo.block import BlockOutput
 from zoo.model import LanguageModel
 
@@ -39,10 +39,13 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
         for module in stacks(model).values():
             shard_experts(module, experts)
     if data.size() > 1:
+        for module in _shared_by_blocks(model):  # or the block that owns it frees it too early
+            fully_shard(module, mesh=data, shard_placement_fn=_placement)
         for block in model.blocks:
             block.register_forward_hook(_own_carry)  # before FSDP's own
             fully_shard(block, mesh=data, shard_placement_fn=_placement)
         fully_shard(model, mesh=data, shard_placement_fn=_placement)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
 def check_sharding(model: nn.Module, n_data: int, n_experts: int) -> None:
@@ -72,6 +75,14 @@ def stacks(model: nn.Module) -> dict[str, Experts]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Experts)}
 
 
+def _shared_by_blocks(model: LanguageModel) -> list[nn.Module]:
+    """Modules of several blocks that own or hold parameters, none of them inside another."""
+    blocks = [set(block.modules()) for block in model.blocks]
+    shared = {m for i, of in enumerate(blocks) for other in blocks[:i] for m in of & other}
+    inner = {part for m in shared for part in m.modules() if part is not m}
+    return [m for m in model.modules() if m in shared - inner and any(True for _ in m.parameters())]
+
+
 def _placement(p: nn.Parameter) -> Shard | None:
     """Axis 1 for what is sharded on axis 0 already; None: axis 0."""
     return Shard(1) if isinstance(p, DTensor) else None
@@ -85,14 +96,3 @@ def _own_carry(block: nn.Module, args: Any, out: BlockOutput) -> BlockOutput:
 def whole(t: Tensor) -> Tensor:
     """All of a tensor, gathered where it is sharded: on every process, or on none."""
     return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-__all__ = [
-    "DATA",
-    "EXPERTS",
-    "ShardedExperts",
-    "check_sharding",
-    "parallelize",
-    "stacks",
-    "whole",
-]
