@@ -27,13 +27,18 @@ def prior_callbacks(recipe: Recipe) -> list[Callback]:
     """The teacher that the recipe's `prior_teacher` names; nothing, if it names none.
 
     Raises:
-        ValueError: where the model is compiled, or there is no run to read.
+        ValueError: where the model is compiled or sharded, or there is no run to read.
     """
     if recipe.prior_teacher is None:
         return []
     if recipe.trainer.compile:
         raise ValueError(
             "prior_teacher works in eager mode only: leave out prior_teacher or trainer.compile"
+        )
+    if recipe.trainer.strategy == "fsdp2" or recipe.trainer.expert_parallel > 1:
+        raise ValueError(
+            "prior_teacher reads whole experts: train without strategy fsdp2 and expert_parallel, "
+            "or say prior_teacher=null"
         )
     run = Path(recipe.prior_teacher)
     if not (run / "recipe.yaml").is_file() or not (run / "weights.safetensors").is_file():

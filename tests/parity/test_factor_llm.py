@@ -14,6 +14,7 @@ from recipes import load
 from recipes.convert import convert_run
 from recipes.data import TextData
 from recipes.metrics import evaluate
+from recipes.prior import prior_callbacks
 from recipes.quantize import read_model
 from recipes.train import train
 from routers.factor_llm import FactorLLMRouter, FactorLLMRouterConfig, chosen_share
@@ -196,6 +197,8 @@ def test_a_teacher_that_is_none_is_one_line(run, tmp_path):
         out("a", f"prior_teacher={tmp_path}")
     with refused("prior_teacher works in eager mode only"):
         out("b", "trainer.compile=true")
+    with refused("prior_teacher reads whole experts"):
+        prior_callbacks(recipe_of(run, "trainer.strategy=fsdp2"))
     with refused("none of its dense layers is a mixture in this model"):
         out("c", f"prior_teacher={run.with_name('dense-factor_llm')}")
     convert_run(run, to="upcycle", out=tmp_path / "up", n_experts=2)
