@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from layers.memory import ProductKeys, ProductKeysConfig, TuckerKeys, TuckerKeysConfig
+from layers.memory import ProductKeys, ProductKeysConfig, TuckerKeys, TuckerKeysConfig, native
 from layers.memory.selection import pairs, product_top_k, top_ids
 from layers.memory.tucker import leading_pair, rescore
 
@@ -29,6 +29,23 @@ def test_product_keys_find_the_best_of_all_slots(n, k, combine, values):
         assert torch.equal(sums.gather(-1, found), sums.gather(-1, best))  # bit for bit
         if values == "ties":
             assert torch.equal(found, best)
+
+
+@pytest.mark.parametrize(("n", "k", "sub_k"), [(1, 1, 1), (9, 9, 9), (70, 40, 12), (300, 128, 128)])
+@pytest.mark.parametrize("values", ["ties", "gaps", "extremes"])
+def test_native_and_torch_search_alike(monkeypatch, n, k, sub_k, values):
+    if not native.KERNEL.wanted():
+        pytest.skip("no compiler")
+    rows, cols = torch.randn(2, 40, n).unbind(0)
+    if values == "ties":
+        rows, cols = rows.round(), (cols * 2).round() * -0.0
+    elif values == "extremes":
+        rows = torch.where(rows > 1, torch.inf, rows * 1e-42)
+        cols = torch.where(cols < -1, -1e38, cols)
+    found = [product_top_k(rows, cols, k, sub_k, how) for how in ("pruned", "full")]
+    monkeypatch.setenv("MOE_ZOO_KERNELS", "torch")
+    for how, one in zip(("pruned", "full"), found, strict=True):
+        assert torch.equal(product_top_k(rows, cols, k, sub_k, how), one)
 
 
 @pytest.mark.parametrize(("n", "k"), [(5, 2), (5, 5), (130, 33)])

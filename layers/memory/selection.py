@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from layers.memory import native
+
 
 def top_ids(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row. scores: [..., n]. Returns [..., k] int64."""
@@ -68,6 +70,8 @@ def _top_ids(scores: Tensor, rank: Tensor | None, k: int) -> Tensor:
 
 
 def _product_top_k(rows: Tensor, cols: Tensor, k: int, sub_k: int, combine: str) -> Tensor:
+    if native.wanted(rows):
+        return native.product_top_k(rows, cols, k, sub_k, pairs(sub_k, k, combine))
     n = rows.shape[-1]
     best_rows, best_cols = _top_ids(rows, None, sub_k), _top_ids(cols, None, sub_k)
     i, j = (torch.tensor(p, device=rows.device) for p in pairs(sub_k, k, combine))
