@@ -85,7 +85,9 @@ class Experts(nn.Module):
     "grouped": `F.grouped_mm`; "batched": a copy of its matrix for each row, for a few rows;
     "capacity": [E, C, D] in one batched matmul, C rows for every expert, used or not; "auto": the
     fastest by measured size. "grouped" and "batched" read nothing on the host, nor does "auto"
-    on a GPU in bf16; "capacity" has no shape that depends on the data besides.
+    on a GPU in bf16; "capacity" has no shape that depends on the data besides. Costs count the rows
+    of choices that run; a FLOP counter also sees the empty rows of these. Where a precision rounds
+    at random, rows that stand elsewhere draw other numbers.
     """
 
     gate_up: ExpertLinear  # [E, 2F, D], gate rows first; where gated
