@@ -1,6 +1,6 @@
 """MoE efficiency on one CPU thread: tokens/s relative to our dense SwiGLU of equal active FLOPs.
 
-    python benchmarks/moe.py [--quick] [--tokens 1] [--rounds 7] > benchmarks/moe.md
+    python benchmarks/moe.py [--quick] [--part rows] [--tokens 1] [--rounds 7] > benchmarks/moe.md
 
 Both sides run on the same backend, in one process, interleaved: the ratio is taken inside each
 round and its median over the rounds is printed, in process CPU time. "bf16" is bf16 tokens and
@@ -206,6 +206,7 @@ def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="one row only")
+    parser.add_argument("--part", choices=("rows", "shares"), help="one of the two tables")
     parser.add_argument("--tokens", type=int, help="only the rows of that many tokens")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
@@ -213,7 +214,7 @@ def main() -> None:
     page.append("Tokens/s relative to our dense SwiGLU of equal active FLOPs, d_model 512.\n")
     rows = []
     for row in ROWS[:1] if args.quick else ROWS:
-        if args.tokens not in (None, row.n_tokens):
+        if args.part == "shares" or args.tokens not in (None, row.n_tokens):
             continue
         got = measure(row, args.rounds)
         cells = [
@@ -225,7 +226,7 @@ def main() -> None:
         print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     head = ["shape", "dtype", "tokens", "forward (to reach)", "training (to reach)"]
     page.append(markdown(head, rows))
-    if not args.quick and args.tokens is None:
+    if not args.quick and args.tokens is None and args.part != "rows":
         page.append("\nMoE++, top-2 of 8, f 704, 4096 tokens: training speed-up over `moe`.\n")
         got = [measure_shares(kind, args.rounds) for kind in DTYPES]
         rows = [
