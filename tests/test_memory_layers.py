@@ -1,5 +1,6 @@
 """What holds of every memory layer as a whole: pools, counts, precisions, inits (memory.md 11)."""
 
+import copy
 import math
 
 import pytest
@@ -40,6 +41,8 @@ def test_a_shared_pool_counts_once_and_adds_up_gradients(name):
     model.zero_grad()
     sum(layer(x).y.sum() for layer in model.layers).backward()
     assert_close(model.pool.values.weight.grad, sum(alone))
+    copied = copy.deepcopy(model)
+    assert copied.layers[0].memory.values() is copied.pool
     with pytest.raises(ValueError, match="none was handed in"):
         type(own)(config)
     with pytest.raises(ValueError, match="one was handed in"):
@@ -106,6 +109,30 @@ def test_how_memory_and_ffn_share_a_layer():
     for share, d_key, message in ((0.2, 8, "give one"), (1.5, None, "in .0, 1."), (None, 600, "F")):
         with pytest.raises(ValueError, match=message):
             split(64, 512, share, d_key, lambda d_key: 384.0 * d_key)
+
+
+@every_row
+def test_presets_are_configs_that_hold(name):
+    presets = zoo.describe(name).presets
+    assert "paper" in presets
+    for preset in presets:
+        cost = zoo.resolve(name, preset=preset, d_model=768).cost()
+        assert cost.active_params < cost.params
+
+
+def test_published_sizes_of_ultramem_v2():
+    """227M/1.2B: 20 tables of 360^2 rows, each layer sees half of them (memory.md 6.3, 6.9)."""
+    config = zoo.resolve(
+        "ultramem_v2", d_model=768, n_keys=360, n_tables=20, table=3, share=0.5, d_key=192,
+        d_value=192, d_input=192, d_ff=4096, pool="shared",
+    ).config  # fmt: skip
+    assert config.parts.keys.n_keys == 2 * 1138
+    assert config.window == (3 * 360**2, 1138**2, 20 * 360**2)
+    pool = config.parts.pool.cost_of(0)
+    assert pool.params == 20 * 360**2 * 384
+    # section 6.5: 4 d r kd + 4 n r kd + 2 d (D_p + D_v) + 2 m D_p, values summed without a matmul
+    flops = 4 * 768 * 2 * 192 + 4 * 2276 * 2 * 192 + 2 * 768 * 384 + 2 * 32 * 192
+    assert config.parts.cost().flops == flops
 
 
 def test_pkm_leaves_out_a_bias_that_batch_norm_would_take_off():

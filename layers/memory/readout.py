@@ -127,4 +127,4 @@ class Readout(nn.Module):
         apart = weights[:, None] * of_group[:, :, None]  # [T, E, C, K]
         repeated = rows[:, None].expand(-1, n, -1).flatten(0, 1)
         y = pool(repeated, apart.flatten(0, 1), read.repeat_interleave(n, 0))
-        return y.view(rows.shape[0], -1)
+        return y.view(rows.shape[0], n * self.config.d_value)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from layers.linear import ValueTable
 from layers.matmul import lookup
+from layers.sparse_rows import row_gradient
 
 
 class InputTable(ValueTable):
@@ -28,18 +29,20 @@ class InputTable(ValueTable):
         p = self.precision
         table = self.weight
         if isinstance(table, Tensor) and (p is None or p.fprop_w.is_high):
-            dots = _RowDots.apply(table if p is None else table.float(), ids, x)
+            dots = _RowDots.apply(table if p is None else table.float(), ids, x, self.sparse)
             assert isinstance(dots, Tensor)
             return dots if p is None else dots.to(p.dtype)
         one = x.new_ones(ids.numel(), 1)
-        rows = lookup(table, ids.reshape(-1, 1), one, self).unflatten(0, ids.shape)
+        rows = lookup(table, ids.reshape(-1, 1), one, self, sparse=self.sparse)
+        rows = rows.unflatten(0, ids.shape)
         return torch.einsum("tkd,td->tk", rows, x.to(rows.dtype))
 
 
 class _RowDots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, ids: Tensor, x: Tensor, sparse: bool) -> Tensor:
         ctx.save_for_backward(table, ids, x)
+        ctx.sparse = sparse
         return torch.ops.moe_zoo.row_dots(table, ids, x.to(table.dtype))
 
     @staticmethod
@@ -50,12 +53,14 @@ class _RowDots(torch.autograd.Function):
         table, ids, x = ctx.saved_tensors
         g = grads[0].contiguous()
         dtable = dx = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.sparse:
+            dtable = row_gradient(ids, g, x.to(table.dtype), table.shape[0])
+        elif ctx.needs_input_grad[0]:
             wgrad = torch.ops.moe_zoo.row_dots_wgrad
             dtable = wgrad(g, ids, x.to(table.dtype), table.shape[0])
         if ctx.needs_input_grad[2]:
             dx = F.embedding_bag(ids, table, per_sample_weights=g, mode="sum").to(x.dtype)
-        return dtable, None, dx
+        return dtable, None, dx, None
 
 
 def _bags(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
