@@ -116,14 +116,18 @@ class ValueTable(Leaf):
 
     A low format is applied after the gather and row by row, which equals gathering from a quantised
     table and costs only the rows touched (precision.md section 10).
+
+    sparse: the gradient is a sparse COO tensor of the rows that were read, summed in the table's
+    dtype (`layers.sparse_rows`), which no step has to fill, norm or clear M rows of. It may be set
+    at any time, and takes an optimizer that knows such gradients (`recipes.row_optim`, SparseAdam).
     """
 
     multiplies = False
 
-    def __init__(self, n_rows: int, d_out: int, *, role: str):
+    def __init__(self, n_rows: int, d_out: int, *, role: str, sparse: bool = False):
         super().__init__()
         check_positive(n_rows=n_rows, d_out=d_out)
-        self.role = role
+        self.role, self.sparse = role, sparse
         self.weight = nn.Parameter(torch.empty(n_rows, d_out))
         self.reset_parameters()
 
@@ -133,7 +137,7 @@ class ValueTable(Leaf):
 
     def forward(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids: [T, K] int64; weights: [T, K]. Returns [T, D]."""
-        return lookup(self.weight, ids, weights, self)
+        return lookup(self.weight, ids, weights, self, sparse=self.sparse)
 
     def extra_repr(self) -> str:
         n_rows, d_out = self.weight.shape

@@ -20,6 +20,7 @@ from layers.precision.leaf import Leaf
 from layers.precision.operands import OPERANDS, LeafPrecision
 from layers.precision.quantize import Quantized, quantize, unclipped
 from layers.products import dgrad, fprop, wgrad
+from layers.sparse_rows import bag, gather
 
 PACKED = (Packed, PackedWeight)
 Weight = Tensor | Packed | PackedWeight
@@ -61,11 +62,15 @@ def expert_linear(
     return _quantized(x, w, counts, p, leaf, backend=backend)
 
 
-def lookup(table: Weight, ids: Tensor, weights: Tensor, leaf: Leaf) -> Tensor:
+def lookup(
+    table: Weight, ids: Tensor, weights: Tensor, leaf: Leaf, *, sparse: bool = False
+) -> Tensor:
     """table: [M, D]; ids: [T, K] int64; weights: [T, K]. Returns sum_k weights * rows, [T, D].
 
     Rows are quantised after the gather and each by itself, which equals gathering from a quantised
     table and costs only the rows touched (precision.md section 10).
+
+    sparse: the table's gradient holds only the rows that were read (`layers.sparse_rows`).
     """
     p = leaf.precision
     if isinstance(table, PACKED):
@@ -75,9 +80,12 @@ def lookup(table: Weight, ids: Tensor, weights: Tensor, leaf: Leaf) -> Tensor:
         return torch.einsum("tk,tkd->td", weights.to(p.dtype), rows.unflatten(0, ids.shape))
     if p is None or p.fprop_w.is_high:
         rows = table if p is None else table.float()
-        y = F.embedding_bag(ids, rows, per_sample_weights=weights.to(rows), mode="sum")
+        if sparse:
+            y = bag(rows, ids, weights.to(rows))
+        else:
+            y = F.embedding_bag(ids, rows, per_sample_weights=weights.to(rows), mode="sum")
         return y if p is None else y.to(p.dtype)
-    rows = F.embedding(ids, table).flatten(0, 1)
+    rows = gather(table, ids.flatten()) if sparse else F.embedding(ids, table).flatten(0, 1)
     rows = _QuantizedRows.apply(rows, *_state(leaf, None), p, leaf.observer)
     return torch.einsum("tk,tkd->td", weights.to(p.dtype), rows.unflatten(0, ids.shape))
 

@@ -16,6 +16,7 @@ from layers.names import check_positive
 from recipes.keys import check_keys, one_line, type_error
 from recipes.optim import check_optim
 from recipes.schema import Recipe
+from recipes.table_optim import check_tables
 from recipes.text import corpus_row, tokenizer_row
 from zoo.model import build
 from zoo.precision import policy_of
@@ -157,6 +158,7 @@ def check(recipe: Recipe) -> None:
     if recipe.seed < 0:
         raise ValueError(f"seed must be 0 or more, got {recipe.seed}")
     check_optim(recipe.optim)
+    check_tables(recipe)
     corpus_row(data.corpus)
     vocab_size = tokenizer_row(data.tokenizer).vocab_size
     if recipe.model.vocab_size < vocab_size:

@@ -1,14 +1,28 @@
-"""AdamW, its parameter groups, and learning-rate schedules as pure functions of the step."""
+"""AdamW, its parameter groups, and learning-rate schedules as pure functions of the step.
+
+Memory tables may be trained apart: recipes/table_optim.py.
+"""
 
 import math
+from collections.abc import Collection
+from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from layers.linear import ValueTable
 from layers.names import check_choice, check_positive
 from recipes.schema import OptimConfig
+from recipes.table_optim import (
+    Together,
+    check_table,
+    is_sparse,
+    memory_tables,
+    row_optimizer,
+    table_group,
+    table_lr_ratio,
+)
 
 # One pass over each parameter instead of a dozen: on one CPU thread a third of the time of the
 # loop and a quarter of foreach (1.0, 3.1, 3.9 ms for 1.1 M parameters; torch 2.13, medians of 60).
@@ -35,6 +49,8 @@ def check_optim(config: OptimConfig) -> None:
             "warmup_fraction + decay_fraction must be at most 1, got "
             f"{config.warmup_fraction} + {config.decay_fraction}"
         )
+    if config.table is not None:
+        check_table(config.table)
 
 
 def decayed_names(model: nn.Module) -> set[str]:
@@ -54,10 +70,17 @@ def decayed_names(model: nn.Module) -> set[str]:
     }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups of every trainable parameter, decayed ones first; no group is empty."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, apart: Collection[int] = ()
+) -> list[dict]:
+    """AdamW groups of every trainable parameter, decayed ones first; no group is empty.
+
+    apart: ids of parameters that another optimizer has.
+    """
     decayed = decayed_names(model)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {
+        name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in apart
+    }
     matrices = [p for name, p in trainable.items() if name in decayed]
     vectors = [p for name, p in trainable.items() if name not in decayed]
     groups = [
@@ -65,20 +88,40 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": vectors, "weight_decay": 0.0},
     ]
     grouped = sum(p.numel() for group in groups for p in group["params"])
-    assert grouped == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert grouped == sum(
+        p.numel() for p in model.parameters() if p.requires_grad and id(p) not in apart
+    )
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """AdamW over `model`, fused where torch has it for the device.
+
+    With config.table memory tables have one of their own, together with it as one optimizer, and
+    are told which form their gradients take.
 
     Raises:
         ValueError: the config cannot work, or the model has nothing to train.
     """
     check_optim(config)
-    groups = parameter_groups(model, config.weight_decay)
-    if not groups:
+    tables = [] if config.table is None else memory_tables(model)
+    groups = parameter_groups(model, config.weight_decay, {id(m.weight) for m in tables})
+    if not groups and not tables:
         raise ValueError("the model has no trainable parameter")
+    if not tables:
+        return _adamw(groups, config)
+    t = config.table
+    assert t is not None
+    for m in tables:
+        m.sparse = is_sparse(m, t)
+    if t.optimizer == "adamw":
+        groups.append({"params": [m.weight for m in tables], **table_group(t)})
+        return _adamw(groups, config)
+    of_tables = row_optimizer(tables, config, t)
+    return Together([_adamw(groups, config), of_tables] if groups else [of_tables])
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
     devices = {p.device.type for group in groups for p in group["params"]}
     beta1, beta2 = config.betas
     return AdamW(
@@ -107,7 +150,16 @@ def lr_ratio(step: int, max_steps: int, config: OptimConfig) -> float:
     return config.final_lr_ratio + (1 - config.final_lr_ratio) * share
 
 
-def build_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
     """The schedule, to be stepped once after each optimizer step."""
     check_positive(max_steps=max_steps)
-    return LambdaLR(optimizer, lambda step: lr_ratio(step, max_steps, config))
+
+    def of_all(step: int) -> float:
+        return lr_ratio(step, max_steps, config)
+
+    def of_tables(step: int) -> float:
+        assert config.table is not None
+        return table_lr_ratio(step, max_steps, config.table, of_all(step))
+
+    groups = optimizer.param_groups
+    return LambdaLR(optimizer, [of_tables if g.get("tables") else of_all for g in groups])

@@ -22,6 +22,25 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """How memory tables are trained apart: values of memory layers, neurons of PEER."""
+
+    optimizer: Literal["row_adam", "row_adagrad", "adamw"] = "row_adam"  # recipes/row_optim.py
+    second_moment: Literal["element", "row"] = "element"  # of the row optimizers
+    moments: Literal["lazy", "decayed"] = "lazy"  # row_adam: of rows that a step does not touch
+    bias_correction: Literal["row", "global"] = "row"  # row_adam: by touches of the row, or steps
+    # gradients of the touched rows alone; auto: of tables from SPARSE_FROM rows on
+    sparse: Literal["auto", "always", "never"] = "auto"
+    lr_scale: float = 4.0  # times optim.lr (UltraMemV2; V1 and Memory+ 10)
+    # decay: the scale falls to 1, and the run's schedule applies | scheduled: it does not fall |
+    # constant: neither (PKM)
+    schedule: Literal["decay", "scheduled", "constant"] = "decay"
+    decay_fraction: float = 1.0  # decay only: of all steps, until the scale is 1
+    weight_decay: float = 0.0  # of rows never touched too, all of it when they are
+    clip_norm: float | None = 1.0  # of the tables together; optim.clip_norm is of all the others
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and its schedule."""
 
@@ -34,6 +53,7 @@ class OptimConfig:
     warmup_fraction: float = 0.05  # of all steps
     decay_fraction: float = 0.2  # wsd only: the last part of all steps, shape 1 - sqrt
     final_lr_ratio: float = 0.1
+    table: TableConfig | None = None  # None: memory tables as all else, with dense gradients
 
 
 @dataclass(frozen=True, kw_only=True)

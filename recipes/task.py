@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 import zoo
 from recipes.batches import Batch
@@ -12,6 +13,7 @@ from recipes.metrics import Evaluation, on_device, token_nats
 from recipes.optim import build_optimizer, build_schedule
 from recipes.parallel import LocalAdamW, clip_gradients
 from recipes.schema import Recipe
+from recipes.table_optim import Together, clip_apart
 from zoo.parallel import parallelize
 
 
@@ -97,17 +99,26 @@ class LanguageModelTask(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:  # fmt: skip
-        """By one norm over all parameters, sharded or not."""
-        if not self._sharded:
+        """By one norm over all parameters, sharded or not; tables trained apart have their own."""
+        if self.recipe.optim.table is not None:
+            clip_apart(optimizer, self.recipe.optim)
+        elif not self._sharded:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val is not None:
             clip_gradients(self.model.parameters(), gradient_clip_val)
+
+    def on_fit_end(self) -> None:
+        """Rows of tables wait for their weight decay until they are touched: no longer."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, Together):
+                optimizer.settle()
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped once per optimizer step."""
         recipe = self.recipe
         optimizer = build_optimizer(self.model, recipe.optim)
         if self._sharded:
+            assert isinstance(optimizer, AdamW)
             optimizer = LocalAdamW.of(optimizer)
         schedule = build_schedule(optimizer, recipe.optim, recipe.trainer.max_steps)
         return {

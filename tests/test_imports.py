@@ -28,6 +28,7 @@ PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
         "products",
         "replay",
         "selection",
+        "sparse_rows",
     },
     "routers": {"balance", "conventions", "groups", "importance", "scores", "state"},
 }
