@@ -47,7 +47,7 @@ class ExpertsConfig:
         kind, known = ("gated", GATES) if self.gated else ("ungated", ACTIVATIONS)
         check_choice(f"activation of {kind} experts", self.activation, known)
 
-    def cost(self, active: float) -> Cost:
+    def cost(self, active: float = 1.0) -> Cost:
         """One token's cost where `active` experts run for it, the mixing weights included."""
         e, n, f = self.n_experts, self.d_model * self.d_expert, self.d_expert
 

@@ -165,6 +165,23 @@ def check_routing(routing: Routing, n_experts: int) -> None:
         )
 
 
+def load_stats(
+    routing: Routing, n_routes: int, keep: Tensor | None, chosen: Tensor | None, n_ffn: int = -1
+) -> dict[str, Tensor]:
+    """What a mixture reports: assignments that ran, by expert [n_routes]; how many a capacity
+    dropped; how many of those that ran have no FFN; and what the router adds.
+
+    keep, chosen: [T, K] bool, assignments that ran and that the router meant; None: all. n_ffn:
+    routes from this one on have no FFN; -1: each has.
+    """
+    counts = count_experts(routing.experts, n_routes, keep)
+    none = counts.new_zeros(())
+    meant = None if keep is chosen else count_experts(routing.experts, n_routes, chosen).sum()
+    dropped = none if meant is None else meant - counts.sum()
+    free = none if n_ffn < 0 else counts[n_ffn:].sum()
+    return {"counts": counts, "dropped": dropped, "zero_computation": free} | (routing.stats or {})
+
+
 class MoE(nn.Module):
     """y = shared(x) + sum over the k chosen of w_k down_k(activation(gate_k(x)) * up_k(x)).
 
@@ -200,7 +217,7 @@ class MoE(nn.Module):
         return FFNOutput(
             y=y.type_as(x),
             losses=routing.losses,
-            stats=None if is_decoding(tokens) else self._stats(routing, keep, chosen),
+            stats=None if is_decoding(tokens) else load_stats(routing, c.n_experts, keep, chosen),
             carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
@@ -212,14 +229,3 @@ class MoE(nn.Module):
             return y
         gate = self.shared_gate(x)  # [B, S, 1]
         return y * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().type_as(y)
-
-    def _stats(
-        self, routing: Routing, keep: Tensor | None, chosen: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Assignments that ran, by expert; those dropped by capacity; none are without an FFN."""
-        n, experts = self.config.n_experts, routing.experts
-        counts = count_experts(experts, n, keep)
-        none = counts.new_zeros(())
-        dropped = none if keep is chosen else count_experts(experts, n, chosen).sum() - counts.sum()
-        stats = {"counts": counts, "dropped": dropped, "zero_computation": none}
-        return stats | (routing.stats or {})

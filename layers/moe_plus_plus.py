@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from layers.base import Cost, FFNOutput, WeightCost
 from layers.capacity import Capacity, check_capacity, is_causal
-from layers.dispatch import count_experts, is_decoding
+from layers.dispatch import is_decoding
 from layers.experts import Experts, ExpertsConfig, default_d_expert
 from layers.linear import ValueTable, linear
-from layers.moe import check_routing, flatten_inputs, route
+from layers.moe import check_routing, flatten_inputs, load_stats, route
 from layers.names import check_choice, check_positive
 from layers.precision.leaf import Leaf
 
@@ -279,7 +279,9 @@ class MoEPlusPlus(nn.Module):
         return FFNOutput(
             y=y.view_as(x),
             losses=routing.losses,
-            stats=None if is_decoding(tokens) else self._stats(routing.experts, keep, chosen),
+            stats=None
+            if is_decoding(tokens)
+            else load_stats(routing, c.n_routes, keep, chosen, c.n_experts),
             carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
@@ -300,13 +302,3 @@ class MoEPlusPlus(nn.Module):
             of_input = of_input + share[..., 0]
             y = y + self.constant(which, share[..., 1]).type_as(y)
         return torch.addcmul(y, tokens, of_input.sum(-1, keepdim=True).type_as(y))
-
-    def _stats(
-        self, experts: Tensor, keep: Tensor | None, chosen: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Assignments that ran, by expert; those dropped by capacity; those without an FFN."""
-        c = self.config
-        counts = count_experts(experts, c.n_routes, keep)
-        dropped = count_experts(experts, c.n_routes, chosen).sum() - counts.sum()
-        free = counts[c.n_experts :].sum()
-        return {"counts": counts, "dropped": dropped, "zero_computation": free}

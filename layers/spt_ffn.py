@@ -18,7 +18,6 @@ from layers.base import Cost, FFNOutput, WeightCost
 from layers.dispatch import (
     Plan,
     combine,
-    count_experts,
     dispatch,
     is_decoding,
     make_plan,
@@ -26,7 +25,7 @@ from layers.dispatch import (
 )
 from layers.linear import ExpertLinear, Linear
 from layers.mlp import ACTIVATION_FLOPS, ACTIVATIONS
-from layers.moe import check_routing, flatten_inputs, route
+from layers.moe import check_routing, flatten_inputs, load_stats, route
 from layers.names import check_choice, check_positive
 from layers.swiglu import GATE_FLOPS, GATES, default_d_ff, glu
 
@@ -177,7 +176,7 @@ class SPTFFN(nn.Module):
         return FFNOutput(
             y=y.view_as(x).type_as(x),
             losses=routing.losses,
-            stats=None if is_decoding(tokens) else self._stats(routing.experts, keep),
+            stats=None if is_decoding(tokens) else load_stats(routing, cfg.n_experts, keep, keep),
             carry=routing.logits.unflatten(0, x.shape[:2]),
         )
 
@@ -192,11 +191,6 @@ class SPTFFN(nn.Module):
     def _activated(self, inner: Tensor) -> Tensor:
         how = self.config.activation
         return glu(inner, how) if self.config.gated else ACTIVATIONS[how](inner)
-
-    def _stats(self, blocks: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
-        counts = count_experts(blocks, self.config.n_experts, keep)
-        none = counts.new_zeros(())
-        return {"counts": counts, "dropped": none, "zero_computation": none}
 
     def dense_state(self) -> dict[str, Tensor]:
         """The base as the dense FFN's `state_dict` has it, without the low-rank factors."""

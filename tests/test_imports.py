@@ -15,10 +15,12 @@ ORDER = ["layers", "routers", "zoo", "recipes"]
 PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
     "layers": {
         "base",
+        "batched",
         "capacity",
         "decode",
         "dispatch",
         "experts",
+        "fixed_plan",
         "grouped",
         "linear",
         "matmul",

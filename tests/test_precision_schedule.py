@@ -94,7 +94,7 @@ def test_the_run_does_what_the_policy_says(whole):
     assert len(scales) == len(history) == 8  # two blocks of two attention and two expert leaves
     assert all((t[0] != 1).all() for t in scales.values())  # fprop_x of every leaf and expert
     assert all(len(t) == 2 and (t[:, 0] > 0).all() for t in history.values())
-    assert scales["blocks.0.ffn.gate_up.operand_scales"].shape == (6, 4)
+    assert scales["blocks.0.ffn.experts.gate_up.operand_scales"].shape == (6, 4)
 
 
 @pytest.mark.parametrize("step", [1, SWITCH, 3, STEPS])
@@ -129,7 +129,7 @@ def test_recomputing_and_evaluating_change_nothing(whole, tmp_path):
 
 def test_another_seed_of_the_policy_is_another_run(whole, tmp_path):
     train(recipe_of(POLICY | {"seed": 6}), tmp_path)
-    name = "blocks.0.ffn.down.weight"
+    name = "blocks.0.ffn.experts.down.weight"
     assert not torch.equal(tensors(whole[0])[name], tensors(tmp_path)[name])
 
 
@@ -163,7 +163,7 @@ def watch(monkeypatch, *names):
 
 def test_every_micro_batch_draws_and_every_step_scales(tmp_path, monkeypatch):
     """Two micro-batches of a step: other draws but for weights, and the same delayed scales."""
-    seen = watch(monkeypatch, "blocks.0.ffn.down", "blocks.1.ffn.down")
+    seen = watch(monkeypatch, "blocks.0.ffn.experts.down", "blocks.1.ffn.experts.down")
     overrides = ["trainer.accumulate=2", "data.batch_size=4"]
     train(recipe_of(POLICY, *overrides), tmp_path)
     keys = torch.stack([torch.stack([key for _, key, _ in leaf]) for leaf in seen])  # [8, 2, 2]
@@ -175,7 +175,7 @@ def test_every_micro_batch_draws_and_every_step_scales(tmp_path, monkeypatch):
     assert torch.equal(scales[0::2], scales[1::2])
     assert (scales[0] == 1).all()
     assert (scales[0, 0] != scales[2, 0]).all()
-    last = tensors(tmp_path)["blocks.0.ffn.down.peak_history"]
+    last = tensors(tmp_path)["blocks.0.ffn.experts.down.peak_history"]
     assert len(last.unique(dim=0)) == 2  # one row a step, not one a micro-batch
 
 
@@ -291,10 +291,10 @@ def test_a_state_dict_fits_at_every_step():
                                               {"at": 0.9, "use": "bf16"}]}  # fmt: skip
     built = [zoo.build({"model": model}, policy, step=s, max_steps=10) for s in (0, 3, 9)]
     assert "head.operand_scales" not in built[0].state_dict()  # high by default, never switched
-    assert "blocks.0.ffn.down.operand_scales" in built[0].state_dict()
+    assert "blocks.0.ffn.experts.down.operand_scales" in built[0].state_dict()
     for other in built[1:]:
         other.load_state_dict(built[0].state_dict())
-    labels = [m.blocks[0].ffn.down.precision.label for m in built]
+    labels = [m.blocks[0].ffn.experts.down.precision.label for m in built]
     assert labels == ["bf16", "fp8_e4m3/fp8_e5m2/mxfp4", "bf16"]
 
 

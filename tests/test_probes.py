@@ -551,7 +551,7 @@ def test_one_batch_of_a_model_is_probed_and_leaves_it_as_it_was():
     assert {r.leaf.split(".")[1] for r in report.operands} == {"0"}  # the last layer is high
     rows = {(r.leaf, r.operand): r for r in report.operands}
     assert rows["blocks.0.attention.out", "fprop_x"].elements == 3 * 16 * 32
-    assert rows["blocks.0.ffn.down", "fprop_x"].elements == 3 * 16 * 2 * 32
+    assert rows["blocks.0.ffn.experts.down", "fprop_x"].elements == 3 * 16 * 2 * 32
     assert torch.equal(random_state, torch.random.get_rng_state())
     assert (peaks[0] == 0.125).all()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
