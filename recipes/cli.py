@@ -147,11 +147,11 @@ def convert(
     run: Annotated[Path, typer.Argument(help="A finished dense run's directory.")],
     options: Annotated[list[str] | None, typer.Argument(
         metavar="KEY=VALUE...",
-        help="to=upcycle|granular|drop|factor_llm out=DIR layers=1::2 n_experts=8 ...",
+        help="to=upcycle|granular|drop|factor_llm|spt out=DIR layers=1::2 n_experts=8 ...",
     )] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Turn a finished dense run into a mixture of experts, with a receipt, in its own directory."""
+    """Convert a finished dense run's layers, with a receipt, in its own directory."""
     from recipes import convert as converting
     from recipes import load
 

@@ -8,7 +8,8 @@ A run directory holds
     probes.json          where the recipe asks: errors of the formats, operand by operand
     result.json          the finished run (`recipes.report.records.Run`); there once it is finished
     weights.safetensors  the weights, by parameter name
-    checkpoints/last.ckpt  what a killed run goes on from
+    checkpoints/last.ckpt  what a killed run goes on from; in shards a link to the folder step-N
+    stderr-N.txt           what process N of several said, where it said something
 
 Every file is written beside its name and moved over it, so that a reader, or a run that starts
 again after being killed, never sees half of one.
