@@ -38,6 +38,7 @@ from layers.sparse_rows import merged
 SECOND_MOMENTS = ("element", "row")
 MOMENTS = ("lazy", "decayed")
 BIAS_CORRECTIONS = ("row", "global")
+PIECE = 1 << 17  # numbers; a step of 8192 rows of 128 takes 0.63 of the time of one piece
 
 
 class RowOptimizer(Optimizer, ABC):
@@ -82,8 +83,7 @@ class RowOptimizer(Optimizer, ABC):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                rows, g = touched(p.grad)
-                if len(rows):
+                for rows, g in _pieces(*touched(p.grad)):
                     update = self._update(p, rows, g, group)
                     _move(p, rows, update, group, self.state[p])
         return loss
@@ -226,18 +226,25 @@ def keep_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 optimizer.state[p][name] = value.to(here.device, copy=True)
 
 
+def _pieces(rows: Tensor, g: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Some rows at a time on a CPU, so that what an update writes between stays in its cache."""
+    if not len(rows):
+        return []
+    n = max(1, PIECE // g.shape[1]) if g.device.type == "cpu" else len(rows)
+    return zip(rows.split(n), g.split(n), strict=True)
+
+
 def _move(
     p: Tensor, rows: Tensor, update: Tensor, group: dict[str, Any], state: dict[str, Any]
 ) -> None:
     """Add the update to the rows, which are first decayed by what has gathered."""
-    if not group["log_decay"]:
-        p.index_add_(0, rows, update)
-        return
-    seen = _numbers(state, "log_decay", p, torch.float64)
-    waiting = group["log_decay"] - seen.index_select(0, rows)
-    seen.index_fill_(0, rows, group["log_decay"])
-    moved = p.index_select(0, rows).mul_(waiting.exp_().to(p.dtype)[:, None]).add_(update)
-    p.index_copy_(0, rows, moved)
+    moved = p.index_select(0, rows)  # with index_copy_ half the time of index_add_
+    if group["log_decay"]:
+        seen = _numbers(state, "log_decay", p, torch.float64)
+        waiting = group["log_decay"] - seen.index_select(0, rows)
+        seen.index_fill_(0, rows, group["log_decay"])
+        moved.mul_(waiting.exp_().to(p.dtype)[:, None])
+    p.index_copy_(0, rows, moved.add_(update))
 
 
 def _log_of_decay(group: dict[str, Any]) -> float:
