@@ -102,6 +102,7 @@ def measure(n: int, n_tokens: int, rounds: int) -> list[list[str]]:
     kinds = (False, True) if n_tokens > 1 else (False,)
     for name in ("pkm", "peer"):
         layer = zoo.create(name, d_model=D, n_keys=n, **HIT)
+        layer.train(n_tokens > 1)  # a batch of one token has no statistics
         layers[name], layers[f"{name}, gathered"] = layer, Gathered(layer)
         with torch.no_grad():
             torch.testing.assert_close(
