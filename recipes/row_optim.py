@@ -34,11 +34,11 @@ from torch.optim import Optimizer
 
 from layers.names import check_choice, check_positive
 from layers.sparse_rows import merged
+from recipes.row_rules import AdamFactors, adagrad, adam
 
 SECOND_MOMENTS = ("element", "row")
 MOMENTS = ("lazy", "decayed")
 BIAS_CORRECTIONS = ("row", "global")
-PIECE = 1 << 17  # numbers; a step of 8192 rows of 128 takes 0.63 of the time of one piece
 
 
 class RowOptimizer(Optimizer, ABC):
@@ -83,14 +83,26 @@ class RowOptimizer(Optimizer, ABC):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                for rows, g in _pieces(*touched(p.grad)):
-                    update = self._update(p, rows, g, group)
-                    _move(p, rows, update, group, self.state[p])
+                rows, g = touched(p.grad)
+                if len(rows):
+                    self._update(p, rows, g, self._kept(p, rows, group), group)
+                    torch.autograd.graph.increment_version(p)  # a kernel may have written it
         return loss
 
     @abstractmethod
-    def _update(self, p: Tensor, rows: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-        """What to add to the rows, decay aside. p: [M, D]; rows: [U]; g: [U, D]. [U, D]."""
+    def _update(
+        self, p: Tensor, rows: Tensor, g: Tensor, keep: Tensor, group: dict[str, Any]
+    ) -> None:
+        """Update rows. p: [M, D]; rows: [U]; g: [U, D]; keep: [U], what decay leaves of them."""
+
+    def _kept(self, p: Tensor, rows: Tensor, group: dict[str, Any]) -> Tensor:
+        """What the weight decay that has gathered leaves of each row, from now on settled. [U]"""
+        if not group["log_decay"]:
+            return torch.ones(len(rows), dtype=p.dtype, device=p.device)
+        seen = _numbers(self.state[p], "log_decay", p, torch.float64)
+        waiting = group["log_decay"] - seen.index_select(0, rows)
+        seen.index_fill_(0, rows, group["log_decay"])
+        return waiting.exp_().to(p.dtype)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -125,37 +137,34 @@ class RowAdam(RowOptimizer):
             "second_moment": second_moment, "moments": moments, "bias_correction": bias_correction,
         })  # fmt: skip
 
-    def _update(self, p: Tensor, rows: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+    def _update(
+        self, p: Tensor, rows: Tensor, g: Tensor, keep: Tensor, group: dict[str, Any]
+    ) -> None:
         state, (beta1, beta2) = self.state[p], group["betas"]
-        by_row = group["second_moment"] == "row"
         if "moments" not in state:
             # [m | v] of a row side by side: read and written at once
-            width = p.shape[1] + 1 if by_row else 2 * p.shape[1]
+            width = p.shape[1] + (1 if group["second_moment"] == "row" else p.shape[1])
             state["moments"] = p.new_zeros(p.shape[0], width)
-        both = state["moments"].index_select(0, rows)
-        m, v = both[:, : p.shape[1]], both[:, p.shape[1] :]
-        if group["moments"] == "decayed":
-            missed = self._missed(p, rows, group["steps"])
-            m.mul_((beta1**missed).to(m.dtype)[:, None])
-            v.mul_((beta2**missed).to(v.dtype)[:, None])
-        m.lerp_(g, 1 - beta1)
-        v.lerp_(g.square().mean(1, keepdim=True) if by_row else g.square(), 1 - beta2)
-        state["moments"].index_copy_(0, rows, both)
+        ones = torch.ones(len(rows), dtype=torch.float64, device=p.device)
+        # of steps, that the moments fade for, and that the bias correction counts
+        faded = self._faded(p, rows, group["steps"]) if group["moments"] == "decayed" else ones
+        counts = group["bias_correction"] == "row"
+        n = self._counted(p, rows).double() if counts else ones * group["steps"]
+        factors = AdamFactors(
+            keep=keep,
+            m_keep=(beta1**faded).to(p.dtype),
+            v_keep=(beta2**faded).to(p.dtype),
+            step=(group["lr"] / (1 - beta1**n)).to(p.dtype),
+            v_scale=(1 / (1 - beta2**n)).to(p.dtype),
+        )
+        adam(p, state["moments"], rows, g, factors, (beta1, beta2), group["eps"])
 
-        if group["bias_correction"] == "global":
-            n = torch.tensor([group["steps"]], dtype=torch.float64, device=p.device)
-        else:
-            n = self._counted(p, rows).double()
-        of_m, of_v = ((1 - beta**n).to(p.dtype)[:, None] for beta in (beta1, beta2))
-        root = (v / of_v).sqrt_().add_(group["eps"])
-        return (m / of_m).div_(root).mul_(-group["lr"])
-
-    def _missed(self, p: Tensor, rows: Tensor, step: int) -> Tensor:
-        """Steps since each row was touched, this one and that one not counted. [U] float64."""
+    def _faded(self, p: Tensor, rows: Tensor, step: int) -> Tensor:
+        """Steps since each row was touched, this one included. [U] float64."""
         last = _numbers(self.state[p], "last", p, torch.int32)
         before = last.index_select(0, rows).double()
         last.index_fill_(0, rows, step)
-        return step - 1 - before
+        return step - before
 
     def _counted(self, p: Tensor, rows: Tensor) -> Tensor:
         """How often each row was touched, now included. [U] int32."""
@@ -176,14 +185,14 @@ class RowAdagrad(RowOptimizer):
             "lr": lr, "eps": eps, "weight_decay": weight_decay, "second_moment": second_moment,
         })  # fmt: skip
 
-    def _update(self, p: Tensor, rows: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-        state, by_row = self.state[p], group["second_moment"] == "row"
+    def _update(
+        self, p: Tensor, rows: Tensor, g: Tensor, keep: Tensor, group: dict[str, Any]
+    ) -> None:
+        state = self.state[p]
         if "sum" not in state:
-            state["sum"] = p.new_zeros(p.shape[0], 1 if by_row else p.shape[1])
-        a = state["sum"].index_select(0, rows)
-        a += g.square().mean(1, keepdim=True) if by_row else g.square()
-        state["sum"].index_copy_(0, rows, a)
-        return (g / a.sqrt_().add_(group["eps"])).mul_(-group["lr"])
+            width = 1 if group["second_moment"] == "row" else p.shape[1]
+            state["sum"] = p.new_zeros(p.shape[0], width)
+        adagrad(p, state["sum"], rows, g, keep, group["lr"], group["eps"])
 
 
 def touched(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,27 +233,6 @@ def keep_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             here = optimizer.state[p][name]
             if isinstance(value, Tensor) and value.dtype != here.dtype:
                 optimizer.state[p][name] = value.to(here.device, copy=True)
-
-
-def _pieces(rows: Tensor, g: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Some rows at a time on a CPU, so that what an update writes between stays in its cache."""
-    if not len(rows):
-        return []
-    n = max(1, PIECE // g.shape[1]) if g.device.type == "cpu" else len(rows)
-    return zip(rows.split(n), g.split(n), strict=True)
-
-
-def _move(
-    p: Tensor, rows: Tensor, update: Tensor, group: dict[str, Any], state: dict[str, Any]
-) -> None:
-    """Add the update to the rows, which are first decayed by what has gathered."""
-    moved = p.index_select(0, rows)  # with index_copy_ half the time of index_add_
-    if group["log_decay"]:
-        seen = _numbers(state, "log_decay", p, torch.float64)
-        waiting = group["log_decay"] - seen.index_select(0, rows)
-        seen.index_fill_(0, rows, group["log_decay"])
-        moved.mul_(waiting.exp_().to(p.dtype)[:, None])
-    p.index_copy_(0, rows, moved.add_(update))
 
 
 def _log_of_decay(group: dict[str, Any]) -> float:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layers.linear import Linear, ValueTable
 from recipes.optim import build_optimizer, build_schedule, check_optim, lr_ratio
 from recipes.row_optim import RowAdagrad, RowAdam, clip_tables, touched
+from recipes.row_rules import KERNEL
 from recipes.schema import OptimConfig, TableConfig
 from recipes.table_optim import SPARSE_FROM, Together, clip_apart, memory_tables
 from recipes.train import train
@@ -171,6 +172,23 @@ def test_a_table_that_no_layer_read_is_left_as_it_is():
     q.grad = None
     optimizer.step()
     assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+@pytest.mark.parametrize("kind", [RowAdam, RowAdagrad])
+def test_the_native_update_is_torchs_but_for_rounding(monkeypatch, kind, second_moment):
+    if KERNEL.library() is None:
+        pytest.skip("row_rules.cpp is not built here")
+    found = {}
+    start = table(60, 37)
+    for way in ("native", "torch"):
+        monkeypatch.setenv("MOE_ZOO_KERNELS", way)
+        p = nn.Parameter(start.detach().clone())
+        optimizer = kind([p], eps=1e-3, weight_decay=0.5, second_moment=second_moment)
+        run(optimizer, p, some_steps(n_rows=60, d=37))
+        found[way] = [p.detach(), *optimizer.state[p].values()]
+    assert_close(*found.values(), rtol=2e-6, atol=1e-6)
+    assert not torch.equal(found["native"][0], start)
 
 
 MAKERS = {
