@@ -25,7 +25,7 @@ import zoo
 from layers.memory import Hits, Pool
 
 D, HEADS, K = 256, 4, 32
-HIT = {"heads": HEADS, "top_k": K, "d_key": 128}
+HIT: dict[str, Any] = {"heads": HEADS, "top_k": K, "d_key": 128}
 
 
 class Gathered(nn.Module):
