@@ -1,6 +1,6 @@
 """What a training step of a table costs when few of its rows are touched, as the table grows.
 
-    python benchmarks/memory_step.py [--sizes 14,16,18,20] [--rounds 7] [--parts time,memory]
+    python benchmarks/memory_step.py [--sizes 14,16,18,20] [--rounds 7] [--parts time,hits,memory]
         > benchmarks/memory_step.md
 
 A step is the look-up of 512 tokens of 32 slots, backward, clipping, optimizer and clearing of the
@@ -10,7 +10,9 @@ the clock starts, so that no step waits for the system to give it memory.
 
 Time: one process, interleaved rounds of every size and way, ratios formed inside each round, median
 over rounds, process CPU time of one thread. Memory: a process for each size and way; what its
-resident memory rises to in steps, above what it was when table and state stood.
+resident memory rises to in steps, above what it was when table and state stood. Hits: RowAdam
+beside AdamW where more hits fall anywhere in smaller tables, for where compact gradients begin to
+pay (`recipes.table_optim.SPARSE_FROM`).
 """
 
 import argparse
@@ -30,6 +32,7 @@ from layers.linear import ValueTable
 from recipes.row_optim import RowAdagrad, RowAdam, clip_tables
 
 TOKENS, K, ROWS = 512, 32, 8192
+SMALL, HITS = (12, 13, 14, 15, 16, 17), (32, 128, 256)  # log2 of rows; slots a token
 BATCHES = 4  # sets of rows, one after the other
 DENSE, OURS = "AdamW, dense, fused", "RowAdam"
 WAYS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -43,15 +46,18 @@ WAYS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 
 
 class Step:
-    """One way at one size. Calling it trains one step."""
+    """One way at one size. Calling it trains one step.
 
-    def __init__(self, way: str, weight: nn.Parameter):
-        self.way = way
+    k: slots a token; n_rows: rows of the table that they are drawn from, None: all of it.
+    """
+
+    def __init__(self, way: str, weight: nn.Parameter, k: int = K, n_rows: int | None = ROWS):
+        self.way, self.k, self.n_rows = way, k, n_rows
         self.table = ValueTable(1, weight.shape[1], role="memory_values", sparse=way != DENSE)
         self.table.weight = nn.Parameter(weight.data)  # ways share numbers, not gradients
         self.optimizer = WAYS[way]([self.table.weight])
         self.batches = [self._batch(seed) for seed in range(BATCHES)]
-        self.weights = torch.rand(TOKENS, K, requires_grad=True)
+        self.weights = torch.rand(TOKENS, k, requires_grad=True)
         self.dy = torch.randn(TOKENS, weight.shape[1])
         self.done = 0
         self()
@@ -62,9 +68,11 @@ class Step:
 
     def _batch(self, seed: int) -> Tensor:
         torch.manual_seed(seed)
-        rows = torch.randperm(self.table.weight.shape[0])[:ROWS]
-        hits = rows.repeat(TOKENS * K // ROWS)
-        return hits[torch.randperm(len(hits))].view(TOKENS, K)
+        if self.n_rows is None:
+            return torch.randint(self.table.weight.shape[0], (TOKENS, self.k))
+        rows = torch.randperm(self.table.weight.shape[0])[: self.n_rows]
+        hits = rows.repeat(TOKENS * self.k // len(rows))
+        return hits[torch.randperm(len(hits))].view(TOKENS, self.k)
 
     def __call__(self) -> None:
         ids = self.batches[self.done % BATCHES]
@@ -95,6 +103,20 @@ def times(sizes: list[int], width: int, rounds: int) -> list[list[str]]:
         beside = [f"{ratio(found, f'{DENSE} {n}', f'{way} {n}'):.2f}" for n in sizes]
         grown = f"{ratio(found, f'{way} {sizes[-1]}', f'{way} {sizes[0]}'):.2f}"
         rows.append([way, f"{first:.1f}", *beside, grown])
+    return rows
+
+
+def by_hits(width: int, rounds: int) -> list[list[str]]:
+    """A row of the table for each number of hits: RowAdam's speed beside AdamW's, by size."""
+    rows = []
+    for k in HITS:
+        steps: dict[str, Callable[[], object]] = {}
+        for size in SMALL:
+            weight = nn.Parameter(torch.randn(1 << size, width))
+            steps |= {f"{way} {size}": Step(way, weight, k, None) for way in (DENSE, OURS)}
+        found = interleaved(steps, rounds=rounds)
+        beside = [f"{ratio(found, f'{DENSE} {n}', f'{OURS} {n}'):.2f}" for n in SMALL]
+        rows.append([f"{TOKENS * k:,}", *beside])
     return rows
 
 
@@ -136,7 +158,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="14,16,18,20", help="log2 of rows")
     parser.add_argument("--width", type=int, default=128, help="numbers a row")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--parts", default="time,memory")
+    parser.add_argument("--parts", default="time,hits,memory")
     args = parser.parse_args()
     sizes = [int(n) for n in args.sizes.split(",")]
     labels = [f"2^{n}" for n in sizes]
@@ -145,6 +167,10 @@ def main() -> None:
         print(f"Times as fast as {DENSE!r}, by rows of the table; growth of a step's time.\n")
         header = ["way", f"{labels[0]}, ms", *labels, f"growth to {labels[-1]}"]
         print(markdown(header, times(sizes, args.width, args.rounds)), "\n", flush=True)
+    if "hits" in args.parts:
+        print(f"Times {OURS!r} is as fast as {DENSE!r}, by hits a step and rows of the table.\n")
+        header = ["hits", *(f"2^{n}" for n in SMALL)]
+        print(markdown(header, by_hits(args.width, args.rounds)), "\n", flush=True)
     if "memory" in args.parts:
         print("MiB of optimizer state + MiB that a step rises above table and state.\n")
         print(markdown(["way", *labels], memory(sizes, args.width)))

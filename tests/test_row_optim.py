@@ -447,6 +447,8 @@ def test_a_recipe_that_cannot_work_is_refused(override, message):
 def test_compact_and_dense_gradients_train_the_same(tmp_path, monkeypatch):
     """Over micro-batches, clipped, with weight decay: all but the rounding of sums is the same."""
     evaluate_briefly(monkeypatch)
+    settled, settle = [], Together.settle
+    monkeypatch.setattr(Together, "settle", lambda self: settled.append(settle(self)))
     found = {}
     for choice in ("always", "never"):
         recipe = tiny_recipe(
@@ -454,6 +456,7 @@ def test_compact_and_dense_gradients_train_the_same(tmp_path, monkeypatch):
             "optim.table.clip_norm=0.01", "trainer.accumulate=2", "precision=fp32",
         )  # fmt: skip
         found[choice] = train(recipe, tmp_path / choice)
+    assert len(settled) == len(found)  # before the last evaluation
     losses = [found[choice]["final"]["bpb"] for choice in found]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert losses[0] < found["always"]["curve"][0]["train_bpb"]
