@@ -80,10 +80,7 @@ def lookup(
         return torch.einsum("tk,tkd->td", weights.to(p.dtype), rows.unflatten(0, ids.shape))
     if p is None or p.fprop_w.is_high:
         rows = table if p is None else table.float()
-        if sparse:
-            y = bag(rows, ids, weights.to(rows))
-        else:
-            y = F.embedding_bag(ids, rows, per_sample_weights=weights.to(rows), mode="sum")
+        y = bag(rows, ids, weights.to(rows), sparse=sparse)
         return y if p is None else y.to(p.dtype)
     rows = gather(table, ids.flatten()) if sparse else F.embedding(ids, table).flatten(0, 1)
     rows = _QuantizedRows.apply(rows, *_state(leaf, None), p, leaf.observer)

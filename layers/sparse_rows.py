@@ -1,12 +1,12 @@
-"""Gradients of a table as the rows that were read; nothing here has the size of the table.
+"""Weighted bags of a table's rows, and its gradient as the rows that were read.
 
-A weighted bag y_t = sum_k w_tk V[i_tk] gives row r the gradient
+A bag y_t = sum_k w_tk V[i_tk] gives row r the gradient
 
     dV[r] = sum over the hits (t, k) of r of w_tk dy_t
 
 which is a weighted bag itself: of dy, over the hits sorted by row. On a CPU it takes half the time
-of the backward kernel of `embedding_bag` given as few rows. A gradient is a sparse COO tensor
-[M, D] whose rows ascend, each once; autograd adds two of them up row by row, so tables read by
+of the backward kernel of `embedding_bag` given as few rows, and nothing has M rows. The gradient is a
+sparse COO tensor [M, D] whose rows ascend, each once; autograd adds two of them up row by row, so tables read by
 several layers and gradients accumulated over micro-batches stay compact.
 """
 
@@ -16,13 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import layers.row_dots  # noqa: F401 # registers the operators
 
-def bag(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """sum over k of weights[t, k] * table[ids[t, k]], with a compact gradient of the table.
+
+def bag(table: Tensor, ids: Tensor, weights: Tensor, *, sparse: bool) -> Tensor:
+    """sum over k of weights[t, k] * table[ids[t, k]], the table's gradient compact or dense.
 
     table: [M, D]; ids: [T, K] int64; weights: [T, K], the table's dtype. Returns [T, D].
     """
-    y = _Bag.apply(table, ids, weights)
+    if not torch.is_grad_enabled():
+        return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
+    y = _Bag.apply(table, ids, weights, sparse)
     assert isinstance(y, Tensor)
     return y
 
@@ -34,8 +38,17 @@ def gather(table: Tensor, ids: Tensor) -> Tensor:
     return rows
 
 
+def table_gradient(
+    ids: Tensor, weights: Tensor, dy: Tensor, n_rows: int, *, sparse: bool
+) -> Tensor:
+    """The gradient of a table of n_rows rows: of row r, the sum of weights[t, k] * dy[t]."""
+    if sparse:
+        return row_gradient(ids, weights, dy, n_rows)
+    return torch.ops.moe_zoo.row_dots_wgrad(weights, ids, dy, n_rows)
+
+
 def row_gradient(ids: Tensor, weights: Tensor | None, dy: Tensor, n_rows: int) -> Tensor:
-    """The gradient of a table of n_rows rows: of row r, the sum of weights[t, k] * dy[t].
+    """`table_gradient` as a compact one.
 
     ids: [T, K] int64; weights: [T, K], None: 1; dy: [T, D], the dtype that is summed in. A hit
     that adds nothing, of weight zero or of a token without gradient (padding), touches no row.
@@ -88,8 +101,9 @@ def _summed(
 
 class _Bag(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, ids: Tensor, weights: Tensor, sparse: bool) -> Tensor:
         ctx.save_for_backward(table, ids, weights)
+        ctx.sparse = sparse
         return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
 
     @staticmethod
@@ -101,10 +115,10 @@ class _Bag(torch.autograd.Function):
         dy = grads[0].contiguous()
         dtable = dweights = None
         if ctx.needs_input_grad[0]:
-            dtable = row_gradient(ids, weights, dy, table.shape[0])
+            dtable = table_gradient(ids, weights, dy, table.shape[0], sparse=ctx.sparse)
         if ctx.needs_input_grad[2]:
-            dweights = _row_dots(table, ids, dy)
-        return dtable, None, dweights
+            dweights = torch.ops.moe_zoo.row_dots(table, ids, dy)
+        return dtable, None, dweights, None
 
 
 class _Gather(torch.autograd.Function):
@@ -122,14 +136,3 @@ class _Gather(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         dy = grads[0].to(ctx.dtype).contiguous()
         return row_gradient(ids[:, None], None, dy, ctx.n_rows), None
-
-
-def _row_dots(table: Tensor, ids: Tensor, dy: Tensor) -> Tensor:
-    """<table[ids[t, k]], dy[t]>, [T, K], by the kernel that `embedding_bag` has for its weights."""
-    t, k = ids.shape
-    if not ids.numel():
-        return dy.new_zeros(t, k)
-    starts = torch.arange(0, t * k, k, device=ids.device)
-    token = torch.arange(t, device=ids.device).repeat_interleave(k)
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    return dots(dy, table, ids.flatten(), starts, token, 0).view(t, k)

@@ -29,6 +29,7 @@ PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
         "parallel",
         "products",
         "replay",
+        "row_dots",
         "selection",
         "sparse_rows",
     },

@@ -234,7 +234,8 @@ class Sizes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor) and not t.is_sparse]
         name = func.name().removeprefix("aten::")
-        if any(t.numel() >= self.n_rows for t in tensors) and not name.startswith(self.BY_ROW):
+        by_row = name.startswith(self.BY_ROW) or name == "moe_zoo::row_dots"
+        if any(t.numel() >= self.n_rows for t in tensors) and not by_row:
             self.found.add(name)
         return out
 
@@ -269,6 +270,7 @@ def test_tables_are_clipped_by_the_norm_of_their_rows():
     want = torch.cat(dense).norm()
     assert_close(norm, want)
     for t, before in zip((p, q), dense, strict=True):
+        assert t.grad is not None
         assert_close(t.grad.to_dense(), before * 2 / want)
     found, values = touched(p.grad)
     clip_tables([p], 1e6)
@@ -380,7 +382,7 @@ def test_tables_and_all_else_are_clipped_apart():
     clip_apart(optimizer, options)
     norms = []
     for some in ((model.linear, model.constant), (model.small, model.big)):
-        grads = [m.weight.grad for m in some]
+        grads = [m.weight.grad for m in some if m.weight.grad is not None]
         norms.append(math.sqrt(sum(g.to_dense().square().sum().item() for g in grads)))
     assert norms == pytest.approx([0.5, 3.0], rel=1e-5)
 

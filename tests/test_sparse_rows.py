@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from layers.memory import Pool, PoolConfig
 from layers.memory.rows import InputTable
 from layers.precision import seed_rounding
 from layers.precision.presets import PRESETS
+from layers.row_dots import KERNEL, row_dots
 from layers.sparse_rows import bag, gather, merged, row_gradient
 
 M, D, T, K = 40, 16, 6, 5
@@ -79,7 +81,7 @@ def test_gradients_are_those_of_finite_differences():
         return grad.to_dense() if grad.layout == torch.sparse_coo else grad
 
     for f, inputs in (
-        (lambda t, w: bag(t, ids, w), (table, weights)),
+        (lambda t, w: bag(t, ids, w, sparse=True), (table, weights)),
         (lambda t: gather(t, ids.flatten()), (table,)),
     ):
         dy = torch.randn_like(f(*inputs))
@@ -97,6 +99,21 @@ def test_gradients_are_those_of_finite_differences():
                     ends.append((f(*args) * dy).sum().item())
                 numeric[j] = (ends[0] - ends[1]) / 2e-4
             assert_close(dense(grads[i]), numeric.view_as(given), rtol=1e-7, atol=1e-8)
+
+
+def test_the_native_products_are_torchs_but_for_rounding(monkeypatch):
+    if KERNEL.library() is None:
+        pytest.skip("row_dots.cpp is not built here")
+    rows, ids, x = torch.randn(M, 37), torch.randint(M, (T, K)), torch.randn(T, 37)
+    want = torch.einsum("tkd,td->tk", rows.double()[ids], x.double())
+    for way in ("native", "torch"):
+        monkeypatch.setenv("MOE_ZOO_KERNELS", way)
+        assert_close(row_dots(rows, ids, x).double(), want, rtol=1e-5, atol=1e-5)
+    monkeypatch.setenv("MOE_ZOO_KERNELS", "native")
+    for wrong in (-1, M):
+        ids[2, 3] = wrong
+        with pytest.raises(IndexError, match=r"ids must be in \[0, 40\), got .*" + str(wrong)):
+            row_dots(rows, ids, x)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -195,8 +212,10 @@ def test_pools(config):
 @pytest.mark.parametrize("name", ["memory_plus", "peer", "pkm", "ultramem", "ultramem_v2"])
 def test_memory_layers_with_padding(name):
     """All gradients as with dense tables; padding touches no row."""
-    sizes = {"d_model": 16, "n_keys": 12, "top_k": 4, "d_key": 8}
-    layer = zoo.create(name, **sizes, **({"d_ff": 64} if "ultra" in name else {}))
+    sizes: dict[str, Any] = {"d_model": 16, "n_keys": 12, "top_k": 4, "d_key": 8}
+    if "ultra" in name:
+        sizes["d_ff"] = 64
+    layer = zoo.create(name, **sizes)
     x = torch.randn(2, 3, 16)
     dy = torch.randn(2, 3, 16)
     mask = torch.tensor([[True, True, False], [True, False, False]])
