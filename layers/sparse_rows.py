@@ -5,9 +5,10 @@ A bag y_t = sum_k w_tk V[i_tk] gives row r the gradient
     dV[r] = sum over the hits (t, k) of r of w_tk dy_t
 
 which is a weighted bag itself: of dy, over the hits sorted by row. On a CPU it takes half the time
-of the backward kernel of `embedding_bag` given as few rows, and nothing has M rows. The gradient is a
-sparse COO tensor [M, D] whose rows ascend, each once; autograd adds two of them up row by row, so tables read by
-several layers and gradients accumulated over micro-batches stay compact.
+of the backward kernel of `embedding_bag` given as few rows, and nothing in it has M rows. The
+gradient is a sparse COO tensor [M, D] whose rows ascend, each once; autograd adds two of them up
+row by row, so tables read by several layers and gradients accumulated over micro-batches stay
+compact (on a GPU it concatenates them, and `merged` puts them together).
 """
 
 from typing import Any
