@@ -191,6 +191,26 @@ def test_the_native_update_is_torchs_but_for_rounding(monkeypatch, kind, second_
     assert not torch.equal(found["native"][0], start)
 
 
+def test_threads_change_no_bit(monkeypatch):
+    monkeypatch.setattr("recipes.row_rules.NUMBERS_PER_THREAD", 1)
+    monkeypatch.setattr("layers.row_dots.NUMBERS_PER_THREAD", 1)
+    start, ids, dy = table(60, 37), torch.randint(60, (9, 5)), torch.randn(9, 37)
+    before, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            leaf = ValueTable(60, 37, role="memory_values", sparse=True)
+            leaf.weight.data.copy_(start)
+            weights = torch.ones(9, 5, requires_grad=True)
+            optimizer = RowAdam([leaf.weight], second_moment="row")
+            leaf(ids, weights).backward(dy)
+            optimizer.step()
+            found.append((leaf.weight.detach(), weights.grad))
+    finally:
+        torch.set_num_threads(before)
+    assert_close(*found, rtol=0, atol=0)
+
+
 MAKERS = {
     "adam": lambda p: RowAdam([p], weight_decay=0.1),
     "adam decayed": lambda p: RowAdam([p], moments="decayed", second_moment="row"),
