@@ -139,8 +139,14 @@ class UltraMem(nn.Module):
             assert gain is not None
             nn.init.constant_(gain.weight, d_key**-0.33)  # pyright: ignore[reportArgumentType]
         if m.pool is not None:
-            read = 2 * c.top_k * c.heads * c.depth
-            m.pool.draw((c.expand**2 / read) ** 0.5 if c.init == "paper" else 0.02)
+            self.draw_pool()
+
+    def draw_pool(self) -> None:
+        """Draw the values by the config's rule; of a shared pool the model has one layer do it."""
+        c = self.config
+        read = 2 * c.top_k * c.heads * c.depth
+        std = (c.expand**2 / read) ** 0.5 if c.init == "paper" else 0.02
+        self.memory.values().draw(std)
 
     def forward(
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None

@@ -16,7 +16,6 @@ from layers.memory import (
     PoolConfig,
     QueryConfig,
     ReadoutConfig,
-    TuckerKeys,
     TuckerKeysConfig,
     Window,
 )
@@ -178,46 +177,53 @@ class UltraMemV2(nn.Module):
         for gain in (m.query.norm, m.keys.norm):
             assert gain is not None
             nn.init.constant_(gain.weight, d_key**-0.4)  # pyright: ignore[reportArgumentType]
-        spread = self._calibrate() if c.init == "paper" else 0.0
+        if c.init == "paper":
+            self._calibrate()
         if m.pool is not None:
-            self.draw_pool(spread)
+            self.draw_pool()
 
-    def draw_pool(self, spread: float = 0.0) -> None:
+    def draw_pool(self) -> None:
         """Draw values and pre-values with one std; of a shared pool the model has one layer do it.
 
         The paper's makes the memory's output as loud as an FFN's: std^4 = 0.2 k_in d /
-        (m H (1 + spread^2) D_p D_v L), k_in the FFN's width over d. spread: std of a kept score.
+        (m H (1 + spread^2) D_p D_v L), k_in the FFN's width over d, spread the std of a kept score.
         """
         c, pool = self.config, self.memory.values()
         std = 0.02
         if c.init == "paper":
             k_in = c.widths.d_ffn / c.d_model
+            mean, spread = self._kept_scores()
+            spread = spread / mean if mean > 0 else 0.0
             read = c.top_k * c.heads * (1 + spread**2) * c.input_width * c.value_width
             std = (0.2 * k_in * c.d_model / (read * c.depth)) ** 0.25
         pool.draw(std)
         assert pool.inputs is not None
         nn.init.normal_(pool.inputs.weight, std=std)
 
-    def _calibrate(self) -> float:
-        """Scale the gains until the mean kept score of a core is 1; return the scores' std then.
+    def _calibrate(self) -> None:
+        """Scale the gains until the mean kept score of a core is 1.
 
         A score grows with both gains squared, so f on each is f^4 on the scores.
         """
-        m = self.memory
-        if not isinstance(m.keys, TuckerKeys) or m.keys.weight.is_meta:
-            return 0.0
-        parts, gain = self.config.parts, m.query.norm
-        assert gain is not None
+        mean, _ = self._kept_scores()
+        if mean <= 0:
+            return  # hardly a choice to calibrate: as many slots kept as there are
+        for norm in (self.memory.query.norm, self.memory.keys.norm):
+            assert norm is not None
+            norm.weight.mul_(mean**-0.25)  # pyright: ignore[reportCallIssue]
+
+    @torch.no_grad()
+    def _kept_scores(self) -> tuple[float, float]:
+        """Mean and std of a core's kept scores for some random queries; 0 on the meta device."""
+        m, parts = self.memory, self.config.parts
+        if m.keys.weight.is_meta:
+            return 0.0, 0.0
         shape = (PROBES, parts.keys.queries, parts.keys.d_key)
         generator = torch.Generator().manual_seed(0)
         q = torch.randn(shape, generator=generator).to(m.keys.weight)
-        scores = m.keys(gain(q)).scores
-        mean = scores.mean().item()
-        if mean <= 0:
-            return 0.0  # hardly a choice to calibrate: as many slots kept as there are
-        for norm in (gain, m.keys.norm):
-            norm.weight.mul_(mean**-0.25)  # pyright: ignore[reportCallIssue]
-        return scores.std().item() / mean
+        assert m.query.norm is not None
+        scores = m.keys(m.query.norm(q)).scores
+        return scores.mean().item(), scores.std().item()
 
     def forward(
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None

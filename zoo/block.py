@@ -7,8 +7,8 @@ Where later ideas go, without a change to what stands:
 - another token mixer: a branch with `mixes=True`, called like `zoo.attention.Attention`;
 - a variant that reads the raw residual and owns its norm: a branch with `norm=None`, which a row
   of the catalogue asks for with `own_norm=True`;
-- a part shared by several layers (a memory pool): a module of the model, handed to the
-  constructors of the variants that read it and called as a module;
+- a part shared by several layers: as memory pools are (`zoo.pools`), a module of the model, handed
+  to the constructors of the variants that read it and called as a module;
 - a width of its own per layer: an option of that layer's choice in the plan (`zoo.plan`); the
   residual stream keeps `d_model`;
 - state that is no gradient: a buffer that forward only reads; `stats` carry what moves it, and a

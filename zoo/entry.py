@@ -12,7 +12,7 @@ class Entry:
     """One FFN variant or one router: the row is its documentation and its test's parameter."""
 
     name: str
-    module: type[nn.Module]  # built as module(config), or module(config, router)
+    module: type[nn.Module]  # built as module(config), or with its router or a shared pool
     config: type[Any]  # frozen keyword-only dataclass with cost()
     summary: str
     paper: str

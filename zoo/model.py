@@ -16,6 +16,7 @@ from zoo.block import Block, BlockOutput, Branch, Context
 from zoo.cache import KVCache
 from zoo.model_config import ModelConfig
 from zoo.norm import RMSNorm
+from zoo.pools import build_pools, draw_pools, pools_cost
 from zoo.precision import set_precision
 from zoo.pretrained import Pretrained
 from zoo.registry import Choice
@@ -49,13 +50,14 @@ class LanguageModel(nn.Module, Pretrained):
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)
         choices = c.layers()
         self.tokenwise = all(choice.tokenwise for choice in choices)  # in evaluation; see Choice
-        self.blocks = nn.ModuleList(_block(c, choice) for choice in choices)
+        self.pools = build_pools(choices)
+        self.blocks = nn.ModuleList(_block(c, choice, self.pools) for choice in choices)
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = Linear(c.d_model, c.vocab_size, role="head")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw embedding and head anew, and tie them; attention and FFNs draw their own.
+        """Draw embedding, head and shared pools anew, and tie; attention and FFNs draw their own.
 
         After `to_empty` on a model built on the meta device call it on all modules, parts before
         wholes: `for m in reversed(list(model.modules()))`.
@@ -67,6 +69,8 @@ class LanguageModel(nn.Module, Pretrained):
             self.head.weight = weight
         else:
             nn.init.normal_(self.head.weight, std=self.config.embedding_std)
+        if self.pools:
+            draw_pools(self.config.layers(), [block.get_submodule("ffn") for block in self.blocks])
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
@@ -153,13 +157,14 @@ def _recomputed(block: nn.Module, *inputs: Any) -> BlockOutput:
     return cast(BlockOutput, out)
 
 
-def _block(config: ModelConfig, choice: Choice) -> Block:
+def _block(config: ModelConfig, choice: Choice, pools: nn.ModuleDict) -> Block:
     """The block of one layer: pre-norm attention, then the layer's FFN."""
+    pool = None if choice.pool is None else pools[choice.pool]
     attention_norm, ffn_norm = (RMSNorm(config.d_model, config.norm_eps) for _ in range(2))
     return Block(
         [
             Branch("attention", Attention(config.attention), attention_norm, mixes=True),
-            Branch("ffn", choice.build(), None if choice.entry.own_norm else ffn_norm),
+            Branch("ffn", choice.build(pool), None if choice.entry.own_norm else ffn_norm),
         ]
     )
 
@@ -193,9 +198,9 @@ def _mean(reports: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 def model_cost(config: ModelConfig, seq_len: int, *, causal: bool = True) -> Cost:
     """What one token costs, mean over a sequence of `seq_len`; storage at 16 bits, norms at 32.
 
-    One item per parameter, named as in `named_parameters()`, and one without parameters per
-    layer's attention scores. A tied head is an item without parameters of its own, so its FLOPs
-    count and its numbers do not count twice.
+    One item per parameter, named as in `named_parameters()`, and one without parameters per layer's
+    attention scores and per table of a shared pool that a layer reads. A tied head is an item
+    without parameters of its own, so its FLOPs count and its numbers do not count twice.
 
     Args:
         config: the model; nothing is built.
@@ -221,7 +226,9 @@ def model_cost(config: ModelConfig, seq_len: int, *, causal: bool = True) -> Cos
             )
         )
     ]  # fmt: skip
-    for i, choice in enumerate(c.layers()):
+    choices = c.layers()
+    parts.append(pools_cost(choices))
+    for i, choice in enumerate(choices):
         block = f"blocks.{i}."
         parts.append(c.attention.cost(seq_len, causal=causal).within(f"{block}attention.", layer=i))
         parts.append(norm.within(f"{block}attention_", layer=i))

@@ -1,12 +1,13 @@
 """The shape of a language model: plain values, and the settled layers that they mean."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from layers.names import check_positive, unknown
 from zoo.attention import AttentionConfig
 from zoo.plan import MISSING, LayerChoice, check_router, layer_choices
+from zoo.pools import pool_configs, pool_name, refuse_placed, shared_options
 from zoo.registry import Choice, find, resolve
 
 
@@ -90,13 +91,16 @@ class ModelConfig:
         """Each layer's FFN with every option settled.
 
         A router whose config has `n_carry` is told how many logits the last routing layer before
-        it hands on, or None if there is none.
+        it hands on, or None if there is none; a layer that reads a shared pool, which table of it
+        is its own.
         """
         choices: list[Choice] = []
         n_carry = None
-        for i, layer in enumerate(layer_choices(self.ffn, self.n_layers)):
+        plan = layer_choices(self.ffn, self.n_layers)
+        pools = [pool_name(layer) for layer in plan]
+        for i, layer in enumerate(plan):
             try:
-                choice = self._settle(layer, n_carry)
+                choice = self._settle(_placed(layer, i, pools), n_carry)
             except ValueError as error:
                 raise ValueError(f"layer {i}: {error}") from None
             if not choice.causal and not self.allow_noncausal:
@@ -105,8 +109,9 @@ class ModelConfig:
                     "training, which a language model must not: set allow_noncausal=True to train "
                     "so anyway (evaluation decides causally), or choose another variant"
                 )
-            choices.append(choice)
+            choices.append(replace(choice, pool=pools[i]))
             n_carry = _n_logits(choice) or n_carry
+        _ = pool_configs(choices)  # its own checks
         return tuple(choices)
 
     def _settle(self, layer: LayerChoice, n_carry: int | None) -> Choice:
@@ -120,6 +125,16 @@ class ModelConfig:
         if hasattr(choice.router_config, "n_carry"):
             return replace(choice, router_config=replace(choice.router_config, n_carry=n_carry))
         return choice
+
+
+def _placed(layer: LayerChoice, i: int, pools: Sequence[str | None]) -> LayerChoice:
+    """The choice of layer i as its variant takes it. pools: the shared one of every layer."""
+    if pools[i] is None:
+        return layer
+    refuse_placed(layer.options)
+    places = [n for n, name in enumerate(pools) if name == pools[i]]
+    options = {**layer.options, **shared_options(find(layer.ffn), places, i)}
+    return replace(layer, options=options)
 
 
 def _n_logits(choice: Choice) -> int | None:

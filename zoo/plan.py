@@ -9,6 +9,16 @@
       - {name: moe}                                   # without `layers`: the rest
 
 A list whose items name no `layers` is one choice per layer; one `layers` makes it a list of rules.
+
+Memory layers that say the same name of a pool share it, each with its own queries and keys:
+
+    ffn:
+      - {name: memory_plus, pool: shared, layers: [4, 12, 20]}    # one table for three layers
+      - swiglu
+    ffn: {name: ultramem_v2, pool: shared, share: 0.5}            # windows round a ring of tables
+    ffn:                                                          # or blocks of layers
+      - {name: ultramem_v2, pool: early, layers: ":12"}
+      - {name: ultramem_v2, pool: late}
 """
 
 from collections.abc import Mapping, Sequence

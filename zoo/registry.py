@@ -30,6 +30,7 @@ class Choice:
     config: Any
     router_entry: Entry | None = None
     router_config: Any = None
+    pool: str | None = None  # of the model, which this layer reads; see zoo.pools
 
     @property
     def causal(self) -> bool:
@@ -45,8 +46,10 @@ class Choice:
         configs = (self.config, self.router_config)
         return self.entry.tokenwise and all(getattr(c, "tokenwise", True) for c in configs)
 
-    def build(self) -> nn.Module:
-        """A new module with freshly drawn weights."""
+    def build(self, pool: nn.Module | None = None) -> nn.Module:
+        """A new module with freshly drawn weights. pool: the shared one that it reads, if any."""
+        if pool is not None:
+            return self.entry.module(self.config, pool)
         if self.router_entry is None:
             return self.entry.module(self.config)
         return self.entry.module(self.config, self.router_entry.module(self.router_config))
