@@ -39,7 +39,10 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
         for module in stacks(model).values():
             shard_experts(module, experts)
     if data.size() > 1:
-        for module in _shared_by_blocks(model):  # or the block that owns it frees it too early
+        shared = [*_shared_by_blocks(model), *model.pools.values()]
+        for pool in model.pools.values():
+            pool.register_forward_hook(_own_rows)  # before FSDP's own
+        for module in shared:  # or the block that owns it frees it too early, the model too late
             fully_shard(module, mesh=data, shard_placement_fn=_placement)
         for block in model.blocks:
             block.register_forward_hook(_own_carry)  # before FSDP's own
@@ -91,6 +94,11 @@ def _placement(p: nn.Parameter) -> Shard | None:
 def _own_carry(block: nn.Module, args: Any, out: BlockOutput) -> BlockOutput:
     """FSDP2 hooks onto outputs, and warns of one that is a view, as router logits are."""
     return out if out.carry is None else out._replace(carry=out.carry.clone())
+
+
+def _own_rows(pool: nn.Module, args: Any, y: Tensor) -> Tensor:
+    """As `_own_carry`, of what a shared pool returns."""
+    return y.clone()
 
 
 def whole(t: Tensor) -> Tensor:
