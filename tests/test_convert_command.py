@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from recipe_toys import refused, tiny_recipe
+from recipe_toys import TINY, refused, tiny_recipe
 from safetensors.torch import load_file
 
 import zoo
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "toy"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("recipes.train.final_evaluation", short_evaluation)
-        recipe = tiny_recipe({"name": "swiglu", "d_ff": 48}, "loss_weights={z: 0.5}")
+        recipe = tiny_recipe({"name": "swiglu", "d_ff": 48}, "loss_weights.z=0.5")
         train(load.load(load.to_plain(recipe), ["trainer.max_steps=20"]), out)
     return out
 
@@ -86,7 +86,9 @@ def test_the_directory_is_a_run_with_a_receipt(to, run, tmp_path, capsys):
 
     recipe = load.load(out / "recipe.yaml")
     # the run's own win; the published one of factor_llm is of a sum over layers
-    assert recipe.loss_weights == OWN | ({"prior": 0.05 * 2} if to == "factor_llm" else {})
+    assert recipe.loss_weights == TINY["loss_weights"] | OWN | (
+        {"prior": 0.05 * 2} if to == "factor_llm" else {}
+    )
     assert recipe.init_from == str(out)
     assert recipe.prior_teacher == (str(run) if to == "factor_llm" else None)
     assert recipe.precision == "bf16"
