@@ -21,7 +21,10 @@ PRESETS: dict[str, dict[str, object]] = {"paper": {"n_keys": 1024, "heads": 8, "
 
 @dataclass(frozen=True, kw_only=True)
 class PEERConfig:
-    """Sizes and options of PEER; as small as a laptop likes, see the preset."""
+    """Sizes and options of PEER; as small as a laptop likes, see the preset.
+
+    query_norm "batch", the paper's, reads the whole micro-batch in training, as `PKMConfig` says.
+    """
 
     d_model: int
     n_keys: int = 128  # keys a side; n_keys^2 experts

@@ -22,7 +22,14 @@ PRESETS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PKMConfig:
-    """Sizes and options of a product-key memory; as small as a laptop likes, see the preset."""
+    """Sizes and options of a product-key memory; as small as a laptop likes, see the preset.
+
+    query_norm "batch", the paper's, norms a training query by mean and variance of every real
+    token of its micro-batch, later ones too. That is one shift and scale for all tokens and tells
+    of none in particular, so the layer still counts as causal and a language model takes it; its
+    training loss alone is a little flattered, for evaluation reads running statistics and no other
+    token. query_norm="rms" reads the token alone in training too.
+    """
 
     d_model: int
     n_keys: int = 128  # keys a side; n_keys^2 slots

@@ -19,7 +19,7 @@ class QueryConfig:
     d_model: int
     n_queries: int  # vectors a token: sides of keys times heads or ranks
     d_key: int  # width of one
-    norm: str = "none"  # none | layer | rms | batch
+    norm: str = "none"  # none | layer | rms | batch (reads the whole micro-batch in training)
     conv: int = 0  # taps of a causal depthwise convolution before the projection; 0: none
 
     def __post_init__(self) -> None:
