@@ -41,17 +41,11 @@ class ShardedExperts(Experts):
         here = (local >= 0) & (local < each)  # [T, K]
         keep = here if keep is None else keep & here
         # cast before it is shared, so that a gradient is rounded where one process rounds it
-        tokens, weights = self._shared(cast_once(tokens, self.inner)), self._shared(weights)
-        held = {f"experts.{name}": _local(p) for name, p in self.named_parameters()}
+        tokens = shared(cast_once(tokens, self.inner), self.mesh)
+        weights = shared(weights, self.mesh)
+        held = {f"experts.{name}": local_part(p) for name, p in self.named_parameters()}
         args = (tokens, local.clamp(0, each - 1), weights, keep, *args)
-        y = functional_call(_Body(self), held, args, options)
-        part = DTensor.from_local(_wide(y), self.mesh, [Partial()], run_check=False)
-        return part.redistribute(placements=[Replicate()]).to_local().to(y.dtype)
-
-    def _shared(self, t: Tensor) -> Tensor:
-        """What every process reads: itself forward, the sum over processes backward."""
-        every = DTensor.from_local(_wide(t), self.mesh, [Replicate()], run_check=False)
-        return every.to_local(grad_placements=[Partial()]).to(t.dtype)
+        return summed(functional_call(_Body(self), held, args, options), self.mesh)
 
 
 class _Body(nn.Module):
@@ -65,14 +59,38 @@ class _Body(nn.Module):
         return Experts.forward(self.experts, *args, **options)
 
 
+def shared(t: Tensor, mesh: DeviceMesh) -> Tensor:
+    """What every process reads: itself forward, the sum over processes backward."""
+    every = DTensor.from_local(_wide(t), mesh, [Replicate()], run_check=False)
+    return every.to_local(grad_placements=[Partial()]).to(t.dtype)
+
+
+def summed(t: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over processes forward, of a gradient that is the same on all of them."""
+    part = DTensor.from_local(_wide(t), mesh, [Partial()], run_check=False)
+    return part.redistribute(placements=[Replicate()]).to_local().to(t.dtype)
+
+
 def _wide(t: Tensor) -> Tensor:
     """In at least float32, so that a sum over many processes is rounded once."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _local(parameter: Tensor) -> Tensor:
+def local_part(parameter: Tensor) -> Tensor:
+    """This process's part of a sharded parameter; its gradient is that of the part."""
     assert isinstance(parameter, DTensor)
     return parameter.to_local()
+
+
+def shard_parameters(module: nn.Module, mesh: DeviceMesh, axis: int) -> None:
+    """Keep this process's part of every parameter, cut along an axis, in place.
+
+    Names and, as DTensors, whole shapes stay. Every process must hold the same values.
+    """
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            cut = distribute_tensor(p.detach(), mesh, [Shard(axis)], src_data_rank=None)
+            setattr(part, name, nn.Parameter(cut, requires_grad=p.requires_grad))
 
 
 def shard_experts(experts: Experts, mesh: DeviceMesh) -> None:
@@ -85,10 +103,7 @@ def shard_experts(experts: Experts, mesh: DeviceMesh) -> None:
         ValueError: when the experts do not divide evenly.
     """
     check_experts(experts.config.n_experts, mesh.size())
-    for module in experts.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            part = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
-            setattr(module, name, nn.Parameter(part, requires_grad=p.requires_grad))
+    shard_parameters(experts, mesh, 0)
     experts.__class__ = ShardedExperts  # as fully_shard does: hooks and names stay
     assert isinstance(experts, ShardedExperts)
     experts.mesh = mesh

@@ -172,7 +172,8 @@ def check(recipe: Recipe) -> None:
             f"got {recipe.model.max_seq_len}"
         )
     recipe.model.layers()
-    if (trainer.devices, trainer.expert_parallel, trainer.strategy) != (1, 1, "auto"):
+    how = (trainer.devices, trainer.expert_parallel, trainer.strategy, trainer.table_parallel)
+    if how != (1, 1, "auto", "none"):
         from recipes.parallel import check_parallel  # as heavy as lightning
 
         check_parallel(recipe)

@@ -1,7 +1,8 @@
 """Training on several processes: Lightning's strategies as a recipe asks for them.
 
 ddp    every process holds the model, gradients are averaged; a checkpoint is one file
-fsdp2  blocks are sharded, and experts if asked for (zoo.parallel); it is a folder of shards
+fsdp2  blocks are sharded, and experts and memory tables if asked for (zoo.parallel); it is a
+       folder of shards
 """
 
 from collections.abc import Iterable
@@ -14,13 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.optim import AdamW
 
+from layers.linear import ValueTable
+from layers.memory.parallel import check_table_cut
 from layers.names import check_choice, check_positive
 from layers.precision import leaves
 from recipes.ranks import is_sharded, n_data
 from recipes.schema import Recipe, TrainerConfig
 from recipes.sharded import ShardedStrategy
 from zoo.model import build
-from zoo.parallel import check_sharding, stacks
+from zoo.parallel import TABLES, check_sharding, pools, stacks
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
@@ -35,6 +38,12 @@ def check_parallel(recipe: Recipe) -> None:
         raise ValueError(
             f"trainer.expert_parallel={t.expert_parallel} must divide "
             f"trainer.devices={t.devices}: set it to 1, or give as many devices"
+        )
+    check_choice("trainer.table_parallel", t.table_parallel, TABLES)
+    if t.table_parallel != "none" and t.expert_parallel == 1:
+        raise ValueError(
+            f"trainer.table_parallel={t.table_parallel!r} cuts tables over the processes of "
+            "trainer.expert_parallel, which read the same batch: set that to how many, got 1"
         )
     if t.devices == 1:
         return
@@ -54,9 +63,11 @@ def check_parallel(recipe: Recipe) -> None:
         )
     with torch.device("meta"):
         model = build(recipe)
-    check_sharding(model, n_data(t), t.expert_parallel)
+    check_sharding(model, n_data(t), t.expert_parallel, t.table_parallel)
     if t.expert_parallel > 1:
         _check_precision(model, t.expert_parallel)
+    if t.table_parallel != "none":
+        _check_table_precision(model, t.expert_parallel, t.table_parallel)
 
 
 def _check_precision(model: nn.Module, n_experts: int) -> None:
@@ -76,6 +87,20 @@ def _check_precision(model: nn.Module, n_experts: int) -> None:
                 f"all of them would: set trainer.expert_parallel={n_experts} to 1, or choose "
                 "another precision for role 'expert'"
             )
+
+
+def _check_table_precision(model: nn.Module, parts: int, cut: str) -> None:
+    for name, pool in pools(model).items():
+        for part, leaf in leaves(pool).items():
+            assert isinstance(leaf, ValueTable)
+            try:
+                check_table_cut(leaf, parts, cut)
+            except ValueError as error:
+                raise ValueError(
+                    f"the precision of {name}.{part} {error}: set trainer.table_parallel={cut!r} "
+                    "to another cut or 'none', or choose another precision for role "
+                    "'memory_values'"
+                ) from None
 
 
 def strategy_of(t: TrainerConfig) -> Strategy | str:

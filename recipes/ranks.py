@@ -104,12 +104,14 @@ def leaving() -> Iterator[None]:
 def same_run(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved recipe but for what may change when its run goes on.
 
-    Devices, strategy and expert_parallel may, and with them data.batch_size, so that the sequences
-    of a micro-batch, all processes together, stay as many: they stand here as data.batch_size.
+    Devices, strategy, expert_parallel and table_parallel may, and with them data.batch_size, so
+    that the sequences of a micro-batch, all processes together, stay as many: they stand here as
+    data.batch_size.
     """
     trainer, data = dict(plain["trainer"]), dict(plain["data"])
     devices, experts = trainer.pop("devices", 1), trainer.pop("expert_parallel", 1)
-    trainer.pop("strategy", None)
+    for how in ("strategy", "table_parallel"):
+        trainer.pop(how, None)
     data["batch_size"] *= devices // experts
     return {**plain, "trainer": trainer, "data": data}
 

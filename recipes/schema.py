@@ -74,6 +74,7 @@ class TrainerConfig:
     devices: int = 1  # of the accelerator, a process each: recipes/ranks.py
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"  # of several devices; auto: ddp unless
     expert_parallel: int = 1  # this is more: processes that share each layer's experts
+    table_parallel: Literal["none", "rows", "columns"] = "none"  # how they share memory tables
 
 
 @dataclass(frozen=True, kw_only=True)

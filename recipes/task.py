@@ -92,7 +92,7 @@ class LanguageModelTask(pl.LightningModule):
     def configure_model(self) -> None:
         """Shard the model where the run's strategy has a mesh to shard it over."""
         if self.device_mesh is not None and not self._sharded:
-            parallelize(self.model, self.device_mesh)
+            parallelize(self.model, self.device_mesh, self.recipe.trainer.table_parallel)
             self._sharded = True
 
     def configure_gradient_clipping(

@@ -194,14 +194,20 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def ranks(
-    directory: Path, plan: list[tuple[str, Any, str | None, int | None]], world: int = 2
+    directory: Path,
+    plan: list[tuple[str, Any, str | None, int | None]],
+    world: int = 2,
+    script: str = __file__,
 ) -> None:
-    """Go through the plan with so many processes, within a timeout; raise where one fails."""
+    """Go through the plan with so many processes, within a timeout; raise where one fails.
+
+    script: whose `main` they run, with checks of its own.
+    """
     settled = [[*row, free_port()] for row in plan]
     (directory / "plan.json").write_text(json.dumps(settled))
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "WORLD_SIZE": str(world)}
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error::UserWarning:torch", __file__, str(directory)]
+    command = [sys.executable, "-W", "error::UserWarning:torch", script, str(directory)]
     logs = [directory / f"rank-{rank}.txt" for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):

@@ -1,4 +1,4 @@
-"""A language model spread over processes: experts over one axis, everything else over the other.
+"""A language model over processes: experts and tables over one axis, all else over the other.
 
 No part of `import zoo`: distributed tensors take a second to load.
 """
@@ -11,33 +11,41 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from layers.experts import Experts
+from layers.memory import Pool
+from layers.memory.parallel import CUTS, check_pool, shard_pool
+from layers.names import check_choice
 from layers.parallel import check_experts, shard_experts
 from zoo.block import BlockOutput
 from zoo.model import LanguageModel
 
+TABLES = ("none", *CUTS)
 DATA, EXPERTS = "data_parallel", "tensor_parallel"  # the axes as Lightning names them
 
 
-def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
+def parallelize(model: LanguageModel, mesh: DeviceMesh, tables: str = "none") -> None:
     """Shard a model in place; every process must hold the same weights.
 
     Stacks of experts lie on axis 0 over the axis "tensor_parallel", whose processes read the same
-    batch. Over "data_parallel" every block is a unit of FSDP2, in float32 throughout, for the
-    leaves have a precision of their own; stacks of experts are cut there along axis 1, so that
-    they may be fewer than processes. With one process on that axis nothing but experts is sharded.
+    batch; so do memory tables, cut by rows or columns, unless every process holds all of them. Over
+    "data_parallel" every block is a unit of FSDP2, in float32 throughout, for the leaves have a
+    precision of their own; what is cut already is cut there along its other axis, so that experts
+    may be fewer than processes. With one process on that axis nothing else is sharded.
 
     Args:
         model: as built.
         mesh: the axes "data_parallel" and "tensor_parallel".
+        tables: none | rows | columns (`layers.memory.parallel`).
 
     Raises:
         ValueError: where an axis does not divide what it cuts.
     """
     data, experts = mesh[DATA], mesh[EXPERTS]
-    check_sharding(model, data.size(), experts.size())
+    check_sharding(model, data.size(), experts.size(), tables)
     if experts.size() > 1:
         for module in stacks(model).values():
             shard_experts(module, experts)
+        for pool in [] if tables == "none" else pools(model).values():
+            shard_pool(pool, experts, tables)
     if data.size() > 1:
         shared = [*_shared_by_blocks(model), *model.pools.values()]
         for pool in model.pools.values():
@@ -51,16 +59,19 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
         assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
-def check_sharding(model: nn.Module, n_data: int, n_experts: int) -> None:
+def check_sharding(model: nn.Module, n_data: int, n_experts: int, tables: str = "none") -> None:
     """Raise unless `parallelize` can cut a model, built or on the meta device.
 
-    n_data, n_experts: processes on either axis.
+    n_data, n_experts: processes on either axis; tables: none | rows | columns.
     """
+    check_choice("table_parallel", tables, TABLES)
     found = stacks(model)
-    if n_experts > 1 and not found:
+    if tables != "none":
+        _check_tables(model, n_data, n_experts, tables)
+    elif n_experts > 1 and not found:
         raise ValueError(
             f"expert_parallel={n_experts} needs a mixture of experts, and no FFN of this model is "
-            "one: set it to 1"
+            "one: set it to 1, or cut memory tables with table_parallel"
         )
     for name, module in found.items():
         if n_experts > 1:
@@ -71,6 +82,36 @@ def check_sharding(model: nn.Module, n_data: int, n_experts: int) -> None:
                     f"{name}.{part} {list(p.shape)} must divide on axis 1 by the {n_data} processes"
                     " that share each expert: choose another width or fewer devices"
                 )
+
+
+def _check_tables(model: nn.Module, n_data: int, parts: int, cut: str) -> None:
+    found = pools(model)
+    if not found:
+        raise ValueError(
+            f"table_parallel={cut!r} needs a memory layer, and no FFN of this model is one: set it "
+            "to 'none'"
+        )
+    if parts == 1:
+        raise ValueError(
+            f"table_parallel={cut!r} cuts tables over the processes of expert_parallel, which read "
+            "the same batch: set expert_parallel to how many, got 1"
+        )
+    for name, pool in found.items():
+        try:
+            check_pool(pool.config, parts, cut)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        for part, p in pool.named_parameters():
+            if cut == "rows" and p.shape[1] % n_data:
+                raise ValueError(
+                    f"{name}.{part} {list(p.shape)} must divide on axis 1 by the {n_data} processes"
+                    " that share each part: choose another width or fewer devices"
+                )
+
+
+def pools(model: nn.Module) -> dict[str, Pool]:
+    """Pools of memory layers by their qualified names, a shared one once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Pool)}
 
 
 def stacks(model: nn.Module) -> dict[str, Experts]:
@@ -87,8 +128,12 @@ def _shared_by_blocks(model: LanguageModel) -> list[nn.Module]:
 
 
 def _placement(p: nn.Parameter) -> Shard | None:
-    """Axis 1 for what is sharded on axis 0 already; None: axis 0."""
-    return Shard(1) if isinstance(p, DTensor) else None
+    """The other axis for what is cut along one already; None: axis 0."""
+    if not isinstance(p, DTensor):
+        return None
+    (cut,) = p.placements
+    assert isinstance(cut, Shard)
+    return Shard(1 - cut.dim)
 
 
 def _own_carry(block: nn.Module, args: Any, out: BlockOutput) -> BlockOutput:

@@ -89,15 +89,25 @@ class Pool(nn.Module):
 
         Returns [T, d_value].
         """
-        c = self.config
         if self.inputs is not None:
             if x is None:
-                raise ValueError(f"a pool of neurons reads an input [T, {c.d_input}], got None")
-            g = self.inputs(rows, x)  # [T, K]
-            g = g if c.activation == "identity" else ACTIVATIONS[c.activation](g)
+                raise ValueError(
+                    f"a pool of neurons reads an input [T, {self.config.d_input}], got None"
+                )
+            g = self.activated(self.inputs(rows, x))  # [T, K]
             weights = weights * g.to(weights.dtype)[:, None]
-        if c.cores == 1:
+        return self.bag(rows, weights)
+
+    def activated(self, g: Tensor) -> Tensor:
+        """What neurons hand on, from their products with the input. g: [T, K]."""
+        name = self.config.activation
+        return g if name == "identity" else ACTIVATIONS[name](g)
+
+    def bag(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Values weighted and added up, block by block. rows: [T, K]; weights: [T, C, K]."""
+        n = self.config.cores
+        if n == 1:
             return self.values(rows, weights[:, 0])
-        blocks = rows[:, None] * c.cores + torch.arange(c.cores, device=rows.device)[:, None]
+        blocks = rows[:, None] * n + torch.arange(n, device=rows.device)[:, None]
         y = self.values(blocks.flatten(0, 1), weights.flatten(0, 1))  # [T C, d_value / C]
-        return y.view(rows.shape[0], c.d_value)
+        return y.unflatten(0, (rows.shape[0], n)).flatten(1)
