@@ -3,7 +3,7 @@
 V vocabulary, W windows, N tokens of a corpus; B and S as in layers/base.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,6 +23,12 @@ class Batch(NamedTuple):
     n_bytes: Tensor  # [B, S] int64, bytes that each target stands for, 0 where padded
     mask: Tensor | None  # [B, S] bool, True where real; None: all of it (training)
     domain: int | None  # index into Tokens.domains; None: mixed (training)
+    answers: Tensor | None = None  # [B, S] bool, True where the target is judged; None: as mask
+
+    @property
+    def judged(self) -> Tensor | None:
+        """[B, S] bool, True at the targets that the loss is of; None: all of them."""
+        return self.mask if self.answers is None else self.answers
 
 
 # Training
@@ -103,14 +109,10 @@ class TrainLoader:
     ahead, and then saves a position that is one too far.
     """
 
-    def __init__(
-        self, tokens: Tokens, *, seed: int, seq_len: int, batch_size: int, rank: int, world: int,
-        accumulate: int,
-    ):  # fmt: skip
-        self.tokens, self.seed, self.rank, self.seq_len = tokens, seed, rank, seq_len
-        self.sizes = {"batch_size": batch_size, "world": world, "accumulate": accumulate}
+    def __init__(self, read: Callable[[int], Batch], length: int):
+        """read: a micro-batch by its number over all epochs. length: micro-batches of an epoch."""
         self.step = 0  # the next micro-batch, counted over all epochs
-        self._length = epoch_steps(tokens, seq_len=seq_len, **self.sizes)
+        self._read, self._length = read, length
 
     def __len__(self) -> int:
         return self._length
@@ -119,10 +121,7 @@ class TrainLoader:
         end = (self.step // self._length + 1) * self._length
         while self.step < end:
             self.step += 1
-            yield train_batch(
-                self.tokens, seed=self.seed, step=self.step - 1, seq_len=self.seq_len,
-                rank=self.rank, **self.sizes,
-            )  # fmt: skip
+            yield self._read(self.step - 1)
 
     def state_dict(self) -> dict[str, int]:
         """What `load_state_dict` reads back."""
@@ -131,6 +130,19 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at the saved micro-batch."""
         self.step = state["step"]
+
+
+def train_loader(
+    tokens: Tokens, *, seed: int, seq_len: int, batch_size: int, rank: int, world: int,
+    accumulate: int,
+) -> TrainLoader:  # fmt: skip
+    """The micro-batches of a text, as `train_batch` has them."""
+    sizes = {"batch_size": batch_size, "world": world, "accumulate": accumulate}
+
+    def read(step: int) -> Batch:
+        return train_batch(tokens, seed=seed, step=step, seq_len=seq_len, rank=rank, **sizes)
+
+    return TrainLoader(read, epoch_steps(tokens, seq_len=seq_len, **sizes))
 
 
 # Evaluation

@@ -224,4 +224,6 @@ def describe(curve: Curve) -> str:
     evaluated = [r["eval_bpb"] for r in curve.rows if r["eval_bpb"] is not None]
     words = [f"train {row['train_bpb']:.3f} bits/byte"]
     words += [f"validation {evaluated[-1]:.3f}"] if evaluated else []
+    right = [r["eval_accuracy"] for r in curve.rows if r.get("eval_accuracy") is not None]
+    words += [f"accuracy {right[-1]:.3f}"] if right else []
     return ", ".join([*words, f"{row['tokens_per_s']:,.0f} tokens/s"])

@@ -163,16 +163,19 @@ class Curve(Callback):
 
     def _eval_keys(self, task: LanguageModelTask) -> list[str]:
         domains = [f"eval_bpb/{domain}" for domain in self.data.domains]
-        return ["eval_bpb", *domains, "sharpness", *router_keys(task.model)]
+        accuracy = [] if self.data.task is None else ["eval_accuracy"]
+        return ["eval_bpb", *accuracy, *domains, "sharpness", *router_keys(task.model)]
 
     def _evaluated(self, task: LanguageModelTask) -> Row:
         """Bits per byte, sharpness and figures of routers, on the thinned validation part."""
         eps = task.recipe.trainer.sharpness_eps
         group = data_group(self.data.trainer)
         found = evaluate(task.model, self.data.val_dataloader(), self.data.domains, eps, group)
-        final = found.bpb.final()
+        final = found.final()
         row: Row = dict.fromkeys(self._eval_keys(task))
         row["eval_bpb"] = final.bpb
+        if self.data.task is not None:
+            row["eval_accuracy"] = final.accuracy
         row |= {f"eval_bpb/{domain}": bpb for domain, bpb in final.bpb_by_domain.items()}
         row["sharpness"] = found.sharpness.value()
         return row | self.routers.of(found)
@@ -214,7 +217,7 @@ def final_evaluation(task: LanguageModelTask, data: TextData) -> Evaluation:
 
 def _point(row: Row) -> Point:
     names = Point.__dataclass_fields__.keys() - {"router"}
-    plain: dict[str, Any] = {name: _known(row[name]) for name in names}
+    plain: dict[str, Any] = {name: _known(row.get(name)) for name in names}
     return Point(**plain, router=router_figures(row))
 
 

@@ -16,6 +16,7 @@ from layers.names import check_positive
 from recipes.keys import check_keys, one_line, type_error
 from recipes.optim import check_optim
 from recipes.schema import Recipe
+from recipes.synthetic import check_task
 from recipes.table_optim import check_tables
 from recipes.text import corpus_row, tokenizer_row
 from zoo.model import build
@@ -160,10 +161,12 @@ def check(recipe: Recipe) -> None:
     check_optim(recipe.optim)
     check_tables(recipe)
     corpus_row(data.corpus)
-    vocab_size = tokenizer_row(data.tokenizer).vocab_size
+    tokens, task = tokenizer_row(data.tokenizer), check_task(data)
+    whose = f"tokenizer {data.tokenizer!r}" if task is None else f"task {task.name!r}"
+    vocab_size = tokens.vocab_size if task is None else task.vocab
     if recipe.model.vocab_size < vocab_size:
         raise ValueError(
-            f"model.vocab_size must be at least {vocab_size} for tokenizer {data.tokenizer!r}, "
+            f"model.vocab_size must be at least {vocab_size} for {whose}, "
             f"got {recipe.model.vocab_size}"
         )
     if recipe.model.max_seq_len < data.seq_len:

@@ -6,6 +6,7 @@ They live outside the model: a cast of it must not reach them.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from layers.base import Routing
+from recipes.accuracy import Accuracy
 from recipes.batches import Batch
 from recipes.choices import ChoiceLog
 from recipes.health import RouterHealth, routers_of, watched
+from recipes.memory_health import MemoryHealth, Search, searched
 from recipes.ranks import meaned
 from recipes.report.layer_records import LayerLoad
 from recipes.report.records import Final
@@ -49,12 +52,12 @@ class BitsPerByte(Metric):
         self.add_state("n_tokens", torch.zeros(n, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, batch: Batch) -> None:
-        """Add a batch of one domain. nats: [B, S] of each target; masked ones do not count."""
-        domain = batch.domain or 0
-        kept = nats.double() if batch.mask is None else nats.double() * batch.mask
+        """Add a batch of one domain. nats: [B, S] of each target; only judged ones count."""
+        domain, judged = batch.domain or 0, batch.judged
+        kept = nats.double() if judged is None else nats.double() * judged
         self.nats[domain] += kept.sum()
         self.n_bytes[domain] += batch.n_bytes.sum()
-        self.n_tokens[domain] += nats.numel() if batch.mask is None else batch.mask.sum()
+        self.n_tokens[domain] += nats.numel() if judged is None else judged.sum()
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """nats, bytes and tokens of each domain, over all processes."""
@@ -141,32 +144,52 @@ class Evaluation:
         self, model: nn.Module, domains: Sequence[str], eps: float = EPS, group: Any = None
     ):
         """eps: reach of the sharpness; group: processes whose batches count together; None: all."""
-        self.bpb = BitsPerByte(domains)
+        self.bpb, self.accuracy = BitsPerByte(domains), Accuracy()
         self.sharpness = Sharpness(eps)
         names = expert_names(model)
         self.load = ExpertLoad(domains, names)
         self.health = RouterHealth(routers_of(model), {k: len(of) for k, of in names.items()})
         self.choices = ChoiceLog()
-        for metric in (self.bpb, self.sharpness, self.load, self.health, self.choices):
+        self.memory = MemoryHealth(model, domains)
+        for metric in (
+            self.bpb,
+            self.accuracy,
+            self.sharpness,
+            self.load,
+            self.health,
+            self.choices,
+            self.memory,
+        ):
             metric.process_group = group
         self._losses: dict[str, float] = {}
         self._tokens = 0
 
-    def update(self, output: Any, batch: Batch, seen: Mapping[int, Routing] | None = None) -> None:
+    def update(
+        self, output: Any, batch: Batch, seen: Mapping[int, Routing] | None = None,
+        searches: Mapping[int, Search] | None = None,
+    ) -> None:  # fmt: skip
         """Add the model's output for one batch.
 
         seen: what routers returned, as `recipes.health.watched` gives it; without it there is
         neither health nor choices.
+        searches: of memory layers, as `recipes.memory_health.searched` gives them; without them
+        there is no recall.
         """
         self.bpb.update(token_nats(output.logits, batch.targets), batch)
+        self.accuracy.update(output.logits, batch)
         self.sharpness.update(output.logits, batch)
         self.load.update(output.stats, batch.domain)
         self.health.update(seen or {}, batch.mask)
         self.choices.update(seen or {}, batch)
+        self.memory.update(output.stats, searches or {}, batch.domain, batch.mask)
         n = batch.targets.numel() if batch.mask is None else int(batch.mask.sum())
         self._tokens += n
         for name, loss in output.losses.items():
             self._losses[name] = self._losses.get(name, 0.0) + n * loss.item()
+
+    def final(self) -> Final:
+        """The figures of everything added so far, accuracy among them where there are answers."""
+        return replace(self.bpb.final(), accuracy=self.accuracy.value())
 
     @property
     def losses(self) -> dict[str, float]:
@@ -188,11 +211,12 @@ def evaluate(
     training = model.training
     device = next(model.parameters()).device
     model.eval()
-    with torch.no_grad(), watched(model) as seen:
+    with torch.no_grad(), watched(model) as seen, searched(model) as searches:
         for batch in batches:
             batch = on_device(batch, device)
             seen.clear()
-            evaluation.update(model(batch.tokens, mask=batch.mask), batch, seen)
+            searches.clear()
+            evaluation.update(model(batch.tokens, mask=batch.mask), batch, seen, searches)
     model.train(training)
     return evaluation
 

@@ -19,6 +19,9 @@ class DataConfig:
     batch_size: int = 16  # sequences a micro-batch and process (that reads data of its own)
     eval_bytes_per_domain: int | None = 8192  # during training; None: all of the validation part
     final_bytes_per_domain: int | None = None  # at the end; None: all of the validation part
+    # recall | copy | facts, or {name: ..., its options}, in place of corpus and tokenizer; an
+    # answer counts as a byte: recipes/synthetic.py
+    task: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ def phi(loss: float, rise: float) -> float:
 
 
 class Sharpness(Metric):
-    """phi over the last real token of every sequence of an evaluation, all domains together."""
+    """phi over the last judged token of every sequence of an evaluation, all domains together."""
 
     full_state_update = False
     loss: Tensor  # float64, summed
@@ -105,12 +105,13 @@ class Sharpness(Metric):
 
 
 def last_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sequences with a real token, and the place of the last one in each: two [n] int64."""
+    """Sequences with a judged token, and the place of the last one in each: two [n] int64."""
     n, s = batch.targets.shape
     device = batch.targets.device
-    if batch.mask is None:
+    judged = batch.judged
+    if judged is None:
         return torch.arange(n, device=device), torch.full((n,), s - 1, device=device)
     place = torch.arange(1, s + 1, device=device)
-    last = (batch.mask * place).amax(1) - 1  # [B], -1 where all is padding
+    last = (judged * place).amax(1) - 1  # [B], -1 where none is judged
     rows = (last >= 0).nonzero()[:, 0]
     return rows, last[rows]

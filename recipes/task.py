@@ -42,6 +42,8 @@ def weighted(losses: dict[str, Tensor], weights: dict[str, float]) -> list[Tenso
 class LanguageModelTask(pl.LightningModule):
     """Next-token prediction: mean cross-entropy in fp32 + sum of weight * auxiliary loss.
 
+    The mean is over the targets that a batch judges: all of a text, the answers of a task.
+
     With accumulation the auxiliary losses are means of those of each micro-batch.
     """
 
@@ -58,7 +60,10 @@ class LanguageModelTask(pl.LightningModule):
         """`loss` to minimise; detached: `nats` summed, `losses` unweighted, `stats` by layer."""
         output = self.model(batch.tokens, mask=batch.mask)
         nats = token_nats(output.logits, batch.targets)  # [B, S]
-        ce = nats.mean() if batch.mask is None else nats[batch.mask].mean()
+        judged = batch.judged
+        if judged is not None:
+            nats = nats * judged
+        ce = nats.mean() if judged is None else nats.sum() / judged.sum()
         loss = sum(weighted(output.losses, self.recipe.loss_weights), start=ce)
         return {
             "loss": loss,
@@ -83,10 +88,12 @@ class LanguageModelTask(pl.LightningModule):
         self._evaluation.update(self.model(batch.tokens, mask=batch.mask), batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log bits per byte, in all and by domain."""
+        """Log bits per byte, in all and by domain, and the accuracy of a task."""
         assert self._evaluation is not None
-        final = self._evaluation.bpb.final()
+        final = self._evaluation.final()
         self.log("eval_bpb", final.bpb)
+        if final.accuracy is not None:
+            self.log("eval_accuracy", final.accuracy)
         self.log_dict({f"eval_bpb/{domain}": bpb for domain, bpb in final.bpb_by_domain.items()})
 
     def configure_model(self) -> None:

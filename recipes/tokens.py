@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layers.names import check_positive
 from recipes.schema import DataConfig
+from recipes.synthetic import check_task
 from recipes.text import corpus_row, documents, split, tokenizer, tokenizer_row
 
 
@@ -50,12 +51,14 @@ def load_tokens(corpus: str, tokenizer_name: str) -> Tokens:
 
 def check_data(config: DataConfig) -> None:
     """Raise ValueError on names, sizes and combinations that cannot work."""
-    corpus, row = corpus_row(config.corpus), tokenizer_row(config.tokenizer)
     check_positive(seq_len=config.seq_len, batch_size=config.batch_size)
     if config.eval_bytes_per_domain is not None:
         check_positive(eval_bytes_per_domain=config.eval_bytes_per_domain)
     if config.final_bytes_per_domain is not None:
         check_positive(final_bytes_per_domain=config.final_bytes_per_domain)
+    if check_task(config) is not None:
+        return
+    corpus, row = corpus_row(config.corpus), tokenizer_row(config.tokenizer)
     if row.corpora is not None and corpus.name not in row.corpora:
         raise ValueError(
             f"tokenizer {row.name!r} was made for {', '.join(row.corpora)}, not for "

@@ -242,6 +242,8 @@ def _finish(
     )
     plain, final = asdict(result), result.final
     told = f"{final.bpb:.4f} bits/byte on {final.eval_bytes:,} bytes"
+    if final.accuracy is not None:
+        told = f"accuracy {final.accuracy:.4f} of {final.eval_bytes:,} answers"
     if final is NO_FINAL:
         plain["final"] |= {"bpb": None, "nats_per_token": None}  # JSON has no NaN
         told = f"diverged by step {result.diverged_step}"
@@ -257,14 +259,15 @@ def _outcome(task: LanguageModelTask, data: TextData, curve: Curve) -> dict[str,
     told = diverged_at(losses)
     found: dict[str, Any] = {"final": NO_FINAL, "spike_steps": curve.steps(spikes(losses))}
     evaluation = final_evaluation(task, data) if math.isfinite(losses[-1]) else None
-    final = evaluation.bpb.final() if evaluation else NO_FINAL
+    final = evaluation.final() if evaluation else NO_FINAL
     if evaluation and math.isfinite(final.bpb):
         found |= {
             "final": final,
             "load": evaluation.load.loads(),
             "health": evaluation.health.layers(),
+            "memory": evaluation.memory.layers(),
             "losses": evaluation.losses,
-            "sample": Sample(prompt=SAMPLE_PROMPT, text=sample(task, data)),
+            "sample": sample(task, data),
             "sharpness": evaluation.sharpness.value(),
         }
     elif told is None:  # the last update broke the weights
@@ -287,9 +290,11 @@ def whole_tensors(task: LanguageModelTask) -> dict[str, Tensor]:
     return {name: whole(t) for name, t in own_tensors(task.model).items()}
 
 
-def sample(task: LanguageModelTask, data: TextData) -> str:
-    """What the model goes on with after a fixed prompt, drawn from a fixed seed."""
+def sample(task: LanguageModelTask, data: TextData) -> Sample | None:
+    """What the model goes on with after a fixed prompt, drawn from a fixed seed; of text alone."""
+    if data.task is not None:
+        return None
     prompt = data.tokenizer.encode(SAMPLE_PROMPT)[None].to(task.device)
     n_tokens = min(SAMPLE_TOKENS, task.recipe.model.max_seq_len - prompt.shape[1])
     tokens = generate(task.model, prompt, max_new_tokens=n_tokens, seed=0)
-    return data.tokenizer.decode(tokens[0, prompt.shape[1] :])
+    return Sample(prompt=SAMPLE_PROMPT, text=data.tokenizer.decode(tokens[0, prompt.shape[1] :]))

@@ -36,6 +36,7 @@ def _run_row(run: Run) -> dict[str, Cell]:
     row |= {
         "lr": run.lr,
         "bpb": final.bpb,
+        "accuracy": final.accuracy,
         "diverged": run.diverged,
         "diverged_step": run.diverged_step,
         "spikes": len(run.spike_steps),

@@ -18,7 +18,7 @@ from recipes.report.text import Markup, el, join
 
 Figure = dict[str, Any]
 MAX_POINTS = 400  # of a curve that are drawn; those with an evaluation always are
-COLUMNS = ("step", "tokens", "flops", "train_s", "eval_bpb", "train_bpb")
+COLUMNS = ("step", "tokens", "flops", "train_s", "eval_bpb", "train_bpb", "eval_accuracy")
 GREY = "#8b929c"  # of lines that belong to no variant
 
 
@@ -57,11 +57,12 @@ def _y_axes(lines: Sequence[tuple[Group, Run]]) -> list[dict[str, Any]]:
     """Held-out first, if it has points enough for a curve; what no run logged is left out."""
     counted = {
         column: max(sum(getattr(p, column) is not None for p in run.curve) for _, run in lines)
-        for column in ("eval_bpb", "train_bpb")
+        for column in ("eval_bpb", "train_bpb", "eval_accuracy")
     }
     words = {
         "eval_bpb": ("Held-out", "bits per byte, held-out"),
         "train_bpb": ("Training", "bits per byte, training batches"),
+        "eval_accuracy": ("Accuracy", "share of right answers, held-out"),
     }
     order = sorted(words, key=lambda column: counted[column] < 3)
     return [

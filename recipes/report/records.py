@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layers.names import check_choice
-from recipes.report.layer_records import LayerHealth, LayerLoad
+from recipes.report.layer_records import LayerHealth, LayerLoad, LayerMemory
 from recipes.report.probe_records import ProbedStep
 from recipes.report.strict import Measured, read_as
 
@@ -40,7 +40,8 @@ class Final:
     bpb: Measured
     nats_per_token: Measured
     bpb_by_domain: dict[str, float] = field(default_factory=dict)
-    eval_bytes: int
+    accuracy: float | None = None  # of a task's answers (recipes.synthetic); None: of a text
+    eval_bytes: int  # of a task: answers, and so bpb is bits per answer
     eval_tokens: int
 
 
@@ -63,6 +64,7 @@ class Point:
     train_s: float  # cumulative, training only
     train_bpb: float | None = None
     eval_bpb: float | None = None  # at steps with an evaluation
+    eval_accuracy: float | None = None  # then too, of a task
     sharpness: float | None = None  # of the logits, in percent; recipes.sharpness
     router: dict[str, float] = field(default_factory=dict)  # as logged; recipes.router_rows
 
@@ -99,6 +101,7 @@ class Run:
     curve: tuple[Point, ...] = ()
     load: tuple[LayerLoad, ...] = ()  # one per MoE layer
     health: tuple[LayerHealth, ...] = ()  # one per MoE layer whose router was seen
+    memory: tuple[LayerMemory, ...] = ()  # one per memory layer
     losses: dict[str, float] = field(default_factory=dict)  # unweighted, e.g. "balance"
     sample: Sample | None = None
     sharpness: float | None = None  # as of a Point

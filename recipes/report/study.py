@@ -56,6 +56,12 @@ class Group:
         return fmean(self.seeds.values())
 
     @property
+    def accuracy(self) -> float | None:
+        """Mean accuracy; None where a run has none: it read a text, or ended without a number."""
+        found = [x for run in self.runs if (x := run.final.accuracy) is not None]
+        return fmean(found) if len(found) == len(self.runs) else None
+
+    @property
     def tokens_per_s(self) -> float:
         """Mean over the seeds of each run's median."""
         return fmean(run.speed.tokens_per_s for run in self.runs)

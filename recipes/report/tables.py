@@ -15,11 +15,14 @@ def main_table(study: Study) -> Markup:
     at = [
         n for n in BYTES_AT if any(n in g.first.cost.weight_bytes_per_token for g in study.groups)
     ]
+    asks = any(g.accuracy is not None for g in study.groups)
+    accuracy = "share of right answers, mean over the seeds; an answer counts as a byte"
     heads = [
         sort_head("Variant", False),
         sort_head(
             "Bits per byte", title="mean over the seeds, held-out; ± half of its 95 % interval"
         ),
+        *([sort_head("Accuracy", title=accuracy)] if asks else []),
         sort_head("Verdict", False, title="against the baseline"),
         sort_head("Parameters", title="every trainable number"),
         sort_head("Active", title="parameters that one token touches"),
@@ -32,7 +35,7 @@ def main_table(study: Study) -> Markup:
         sort_head("Time", title="training alone, mean over the seeds"),
         sort_head("Memory", title="peak while training"),
     ]
-    rows = [_row(study, g, at) for g in study.groups]
+    rows = [_row(study, g, at, asks) for g in study.groups]
     table = el(
         "table",
         el("thead", el("tr", *heads)),
@@ -80,7 +83,7 @@ def num_cell(
     )
 
 
-def _row(study: Study, g: Group, at: list[str]) -> Markup:
+def _row(study: Study, g: Group, at: list[str], asks: bool) -> Markup:
     cost, seeds = g.first.cost, len(g.runs)
     flops = cost.flops_per_token
     half = study.half(g)
@@ -94,6 +97,7 @@ def _row(study: Study, g: Group, at: list[str]) -> Markup:
         el("td", name(study, g), _seeds(seeds), data_value=g.label),
         el("td", text.bpb(g.bpb, study.digits), noise, class_=NUMBER,
            data_value=repr(g.bpb) if isfinite(g.bpb) else ""),
+        *([num_cell(g.accuracy, text.percent(g.accuracy or 0.0))] if asks else []),
         el("td", chip(word), data_value=word, title=note or None),
         num_cell(cost.params, text.si(cost.params), text.exact(cost.params)),
         num_cell(cost.active_params, text.si(cost.active_params), text.exact(cost.active_params)),
