@@ -1,4 +1,4 @@
-"""What a curve's row says of routers: few scalars, each the mean over the MoE layers."""
+"""What a curve's row says of routers and memories: few scalars, each the mean over its layers."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from recipes.choices import Choices, agreement
+from recipes.memory_health import memories_of
 from recipes.metrics import Evaluation, expert_names
-from recipes.report.layer_records import LayerHealth, LayerLoad
+from recipes.report.layer_records import LayerHealth, LayerLoad, LayerMemory
 
 Row = dict[str, float | None]
 
@@ -20,6 +21,7 @@ LOAD_KEYS = (
 )  # fmt: skip
 HEALTH_KEYS = ("confidence", "token_entropy", "margin", "information", "near_ties", "logit_rms")
 SETTLED_KEYS = ("kept", "jaccard")  # choices, since the evaluation before
+MEMORY_KEYS = ("used", "kl", "domain_information", "recall", "core_gap")
 
 
 class RouterRows:
@@ -43,20 +45,24 @@ class RouterRows:
         self._last = now
         row = means("load", LOAD_KEYS, found.load.loads())
         row |= means("router", HEALTH_KEYS, found.health.layers())
+        row |= means("memory", MEMORY_KEYS, found.memory.layers())
         if now is not None:
             row |= {f"router/{k}": v for k, v in zip(SETTLED_KEYS, settled, strict=True)}
         return row
 
 
 def router_keys(model: nn.Module) -> list[str]:
-    """The keys of an evaluated row; none where nothing routes."""
-    if not expert_names(model):
-        return []
-    of_routers = [f"router/{key}" for key in (*HEALTH_KEYS, *SETTLED_KEYS)]
-    return [f"load/{key}" for key in LOAD_KEYS] + of_routers
+    """The keys of an evaluated row; none where nothing routes and nothing is looked up."""
+    keys = [f"memory/{key}" for key in MEMORY_KEYS] if memories_of(model) else []
+    if expert_names(model):
+        keys += [f"load/{key}" for key in LOAD_KEYS]
+        keys += [f"router/{key}" for key in (*HEALTH_KEYS, *SETTLED_KEYS)]
+    return keys
 
 
-def means(part: str, keys: Sequence[str], layers: Sequence[LayerLoad | LayerHealth]) -> Row:
+def means(
+    part: str, keys: Sequence[str], layers: Sequence[LayerLoad | LayerHealth | LayerMemory]
+) -> Row:
     """Each figure over the layers that have it; None where none has."""
     row: Row = {}
     for key in keys if layers else ():
@@ -86,9 +92,11 @@ def dropped_share(sums: Mapping[str, float]) -> Row:
 
 
 def router_figures(row: Row) -> dict[str, float]:
-    """What `result.json` keeps of a row's figures of routers: the known ones, by their names."""
+    """What `result.json` keeps of a row's figures of layers: the known ones, by their names."""
     return {
         name: value
         for name, value in row.items()
-        if name.startswith(("load/", "router/")) and value is not None and isfinite(value)
+        if name.startswith(("load/", "router/", "memory/"))
+        and value is not None
+        and isfinite(value)
     }

@@ -125,6 +125,18 @@ class TuckerKeys(nn.Module):
         scores = torch.stack([rescore(core, at_rows, at_cols) for core in cores], 1)
         return Hits(best_rows * c.n_keys + best_cols, scores)
 
+    @torch.no_grad()
+    def exhaustive(self, queries: Tensor) -> Tensor:
+        """The slots of largest G over all n^2 pairs, [T, H, K]: what a perfect search would find.
+
+        queries: as in `forward`. Makes H n^2 numbers a token, so it is for a few tokens.
+        """
+        c = self.config
+        rows, cols = self._projections(queries)
+        every = torch.arange(c.n_keys, device=queries.device).expand(*rows[0].shape)
+        g = outer_scores(self.cores.sum(0).to(queries.dtype), rows, cols, every, every)
+        return top_ids(g.flatten(-2), c.top_k)
+
     def _projections(self, queries: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """S_row and S_col, each as r tensors [T, H, n]."""
         c, t = self.config, queries.shape[0]
@@ -172,6 +184,18 @@ def leading_pair(core: Tensor) -> tuple[Tensor, Tensor]:
     deciding = torch.where(total == 0, u[..., :1], total)
     sign = torch.where(deciding < 0, -1.0, 1.0).to(core.dtype)
     return u * sign, t * sign
+
+
+def core_gap(core: Tensor) -> Tensor:
+    """1 - lambda_2 / lambda_1 of each core: 1 where its leading vectors say all, 0 where they are
+    no better than the next.
+
+    core: [H, r, r]. Returns [H]; 1 for rank 1.
+    """
+    values = torch.linalg.svdvals(core)
+    if values.shape[-1] == 1:
+        return torch.ones_like(values[..., 0])
+    return 1 - values[..., 1] / values[..., 0].clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def outer_scores(

@@ -1,6 +1,6 @@
-"""The figures of routers: lines over training, and which experts are chosen together."""
+"""The figures of routers: lines over training, as of memories, and experts chosen together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 
 from recipes.report import text
@@ -33,10 +33,12 @@ def layers_of(run: Run) -> list[Layer]:
 # Over training
 
 
-def lines(study: Study, groups: Sequence[Group]) -> Figure | None:
+def lines(
+    study: Study, groups: Sequence[Group], measures: Mapping[str, tuple[str, str, str]] = MEASURES
+) -> Figure | None:
     """A view per measure, a line per run; None where no run has a curve of any."""
     views = []
-    for label, (key, title, ticks) in MEASURES.items():
+    for label, (key, title, ticks) in measures.items():
         traces = [t for g in groups for run in g.runs if (t := _line(study, g, run, key, ticks))]
         if traces:
             layout = {

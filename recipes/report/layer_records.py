@@ -1,4 +1,4 @@
-"""What `result.json` keeps of each MoE layer: how it spread tokens, and how its router chose.
+"""What `result.json` keeps of each MoE or memory layer: how it spread tokens, how it chose.
 
 Definitions and their sources: comparison.md section 8. Figures that follow from others are
 properties, so results written before they were thought of have them too.
@@ -102,6 +102,35 @@ class LayerHealth:
             tuple(None if i == j or not row[i] else n / row[i] for j, n in enumerate(row))
             for i, row in enumerate(self.pairs)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMemory:
+    """How the held-out tokens used the rows that one memory layer sees; recipes.memory_health.
+
+    Few tokens cannot read many rows: `used` is at most `reads` / `n_rows`.
+    """
+
+    layer: int
+    pool: str | None = None  # the model's that it shares with others; None: its own
+    n_rows: int  # that the layer sees
+    reads: float  # of all tokens and heads
+    used: float  # share of the rows that were read at all
+    kl: float  # KL(reads of a row || even), nats; 0 when even, ln n_rows with a single row in use
+    concentration: tuple[float, ...] = ()  # [33], share of the reads on the most read 0, 1/32, .. 1
+    used_by_domain: dict[str, float] = field(default_factory=dict)
+    domain_information: float = 0.0  # as of LayerLoad, of rows; too high where reads are few
+    recall: float | None = None  # of the best slots over all pairs of keys; None: exact by its kind
+    recall_slots: int = 0  # that it is the share of
+    core_gap: float | None = None  # 1 - lambda_2 / lambda_1 of the cores' sum, mean over heads
+
+    def top(self, share: float) -> float:
+        """Share of the reads that fall on the most read `share` of the rows, interpolated."""
+        places = len(self.concentration) - 1
+        at = min(max(share, 0.0), 1.0) * places
+        low = min(int(at), max(places - 1, 0))
+        a, b = self.concentration[low], self.concentration[min(low + 1, places)]
+        return a + (at - low) * (b - a)
 
 
 def entropy(shares: Sequence[float]) -> float:

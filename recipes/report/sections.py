@@ -9,6 +9,7 @@ from recipes.report.figures import Figure, plot
 from recipes.report.frontier import frontier
 from recipes.report.headline import name
 from recipes.report.health import health
+from recipes.report.memory import memory
 from recipes.report.probes import probes
 from recipes.report.provenance import provenance
 from recipes.report.stability import stability
@@ -45,6 +46,7 @@ def sections(study: Study) -> list[Section]:
         ("What the formats did to the operands", probes(study)),
         ("Expert load", _load(study)),
         ("Router health", health(study, legend(study))),
+        ("Memory", memory(study, legend(study))),
         ("Domains", _domains(study)),
         ("Samples", _samples(study)),
         ("Cost by role", _roles(study)),

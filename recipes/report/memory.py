@@ -1,0 +1,218 @@
+"""How memory layers used their rows: figures of each layer, over training, and how even the use."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from recipes.report import text
+from recipes.report.figures import Figure, meta, plot
+from recipes.report.headline import name
+from recipes.report.health_figures import lines
+from recipes.report.layer_records import LayerMemory
+from recipes.report.probes import explorer
+from recipes.report.study import Group, Study
+from recipes.report.tables import num_cell, sort_head
+from recipes.report.text import Markup, el, join, lead
+
+TOP = 0.01  # of the rows, whose share of the reads the table has
+# label: name in the curve, axis title, format of its ticks
+MEASURES = {
+    "Rows used": ("memory/used", "share of the rows that were read", ".0%"),
+    "Unevenness": ("memory/kl", "KL of their use to an even one, nats", "~g"),
+    "Recall": ("memory/recall", "of the best slots over all pairs of keys", ".0%"),
+    "Core gap": ("memory/core_gap", "1 − second over first singular value", "~g"),
+    "Domains": ("memory/domain_information", "information of the row on the domain", "~g"),
+}
+
+
+def _number(x: float) -> str:
+    return f"{x:.3f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a layer."""
+
+    head: str
+    title: str
+    of: Callable[[LayerMemory], float | None]
+    shown: Callable[[float], str] = _number
+
+
+COLUMNS = (
+    Column("Rows", "that the layer sees", lambda m: m.n_rows, lambda x: f"{x:,.0f}"),
+    Column("Reads a row", "of the held-out tokens, mean over the rows",
+           lambda m: m.reads / m.n_rows, lambda x: f"{x:.3g}"),
+    Column("Used", "share of the rows that were read at least once", lambda m: m.used,
+           text.percent),
+    Column("KL", "of their use to an even one, in nats; 0 when even", lambda m: m.kl),
+    Column(f"Top {TOP:.0%}", "share of the reads that fall on the most read rows",
+           lambda m: m.top(TOP), text.percent),
+    Column("Domains", "what the row tells of the domain: mutual information over its largest "
+           "possible; too high where reads are few", lambda m: m.domain_information),
+    Column("Recall", "of the best slots over all pairs of keys, on a sample of tokens; none where "
+           "the search is exact", lambda m: m.recall, text.percent),
+    Column("Core gap", "1 less the second over the first singular value of the cores' sum: 1 where "
+           "the first search ranks as the cores do", lambda m: m.core_gap),
+)  # fmt: skip
+
+
+def memory(study: Study, legend: Markup) -> Markup | None:
+    """Tables and curves of the runs with memory layers; None where none has one.
+
+    legend: of variants and precisions, for the curves.
+    """
+    groups = [g for g in study.groups if g.first.memory]
+    if not groups:
+        return None
+    note = lead(
+        "How memory layers used their rows for held-out text, means over the layers. Tokens that "
+        "read few rows leave many unread: no more can be in use than there are reads."
+    )
+    over_training = lines(study, groups, MEASURES)
+    return join(
+        note,
+        _summary(study, groups),
+        _by_layer(study, groups),
+        _curves(over_training, legend) if over_training else None,
+        _even(study, groups, legend),
+    )
+
+
+# Tables
+
+
+def _summary(study: Study, groups: Sequence[Group]) -> Markup:
+    """One row per group: means over the layers."""
+    heads = [sort_head("Variant", False), sort_head("Layers")]
+    heads += [sort_head(c.head, title=c.title) for c in COLUMNS]
+    rows = [
+        el(
+            "tr",
+            el("td", name(study, g), data_value=g.label),
+            num_cell(len(g.first.memory), str(len(g.first.memory))),
+            *(_mean_cell(c, g.first.memory) for c in COLUMNS),
+        )
+        for g in groups
+    ]
+    return _table(heads, rows)
+
+
+def _mean_cell(column: Column, layers: Sequence[LayerMemory]) -> Markup:
+    known = [x for layer in layers if (x := column.of(layer)) is not None]
+    if not known:
+        return num_cell(None, "")
+    span = f"{column.shown(min(known))} to {column.shown(max(known))} over the layers"
+    return num_cell(fmean(known), column.shown(fmean(known)), span)
+
+
+def _by_layer(study: Study, groups: Sequence[Group]) -> Markup:
+    """One row per layer, with the rows used in each domain."""
+    domains = dict.fromkeys(d for g in groups for m in g.first.memory for d in m.used_by_domain)
+    heads = [sort_head("Variant", False), sort_head("Layer"), sort_head("Pool", False)]
+    heads += [sort_head(c.head, title=c.title) for c in COLUMNS]
+    heads += [sort_head(f"in {d}", title=f"share of the rows read for {d}") for d in domains]
+    rows = [
+        el(
+            "tr",
+            el("td", name(study, g), data_value=f"{g.label} {m.layer}"),
+            num_cell(m.layer, str(m.layer)),
+            el("td", m.pool or "its own"),
+            *(num_cell(x, c.shown(x or 0.0)) for c in COLUMNS for x in [c.of(m)]),
+            *(num_cell(x, text.percent(x or 0.0)) for x in map(m.used_by_domain.get, domains)),
+        )
+        for g in groups
+        for m in g.first.memory
+    ]
+    return el(
+        "details", el("summary", "The same, layer by layer and by domain"), _table(heads, rows)
+    )
+
+
+def _table(heads: Sequence[Markup], rows: Sequence[Markup]) -> Markup:
+    table = el("table", el("thead", el("tr", *heads)), el("tbody", *rows), class_="sortable")
+    return el("div", table, class_="scroll")
+
+
+# Figures
+
+
+def _curves(figure: Figure, legend: Markup) -> Markup:
+    buttons = (
+        el("button", v["label"], type="button", data_i=i, aria_pressed="false" if i else "true")
+        for i, v in enumerate(figure["views"])
+    )
+    tabs = el("div", *buttons, class_="tabs", data_plot="memory-lines", data_of="view")
+    return join(
+        el("h3", "Memory over training"),
+        el("div", tabs, class_="controls"),
+        legend,
+        plot(figure, "memory-lines", "Figures of memory layers over training"),
+    )
+
+
+def _even(study: Study, groups: Sequence[Group], legend: Markup) -> Markup:
+    note = lead(
+        "The rows in order of how often they were read, against the share of all reads that fall "
+        "on them. The dotted line is an even use."
+    )
+    figure = concentration(study, groups)
+    return join(
+        el("h3", "How even the use is"),
+        note,
+        legend,
+        explorer(figure, "memory-even", "Share of reads on the most read rows"),
+    )
+
+
+def concentration(study: Study, groups: Sequence[Group]) -> Figure:
+    """A view per layer, a line per group that has a memory there."""
+    layers = sorted({m.layer for g in groups for m in g.first.memory})
+    views = []
+    for layer in layers:
+        traces = [_line(study, g, m) for g in groups for m in g.first.memory if m.layer == layer]
+        views.append({"layer": f"layer {layer}", "data": [_evenly(), *traces], "layout": _layout()})
+    return {"views": views, "selects": ["layer"]}
+
+
+def _line(study: Study, g: Group, m: LayerMemory) -> Figure:
+    places = len(m.concentration) - 1
+    label = text.safe(g.first.id)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": label,
+        "x": [round(i / places, 5) for i in range(places + 1)],
+        "y": [round(y, 5) for y in m.concentration],
+        "line": {
+            "color": study.look.colours[g.variant],
+            "dash": study.look.dashes[g.precision],
+            "width": 2,
+        },
+        "hovertemplate": f"<b>{label}</b><br>%{{y:.1%}} of the reads<br>on %{{x:.1%}} of the rows"
+        "<extra></extra>",
+        "meta": meta(g),
+    }
+
+
+def _evenly() -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [0, 1],
+        "y": [0, 1],
+        "line": {"color": "#8a8a8a", "dash": "dot", "width": 1},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def _layout() -> Figure:
+    return {
+        "height": 340,
+        "xaxis": {"title": {"text": "rows, the most read first"}, "tickformat": ".0%"},
+        "yaxis": {
+            "title": {"text": "share of the reads"}, "tickformat": ".0%", "range": [0, 1.02],
+        },
+        "hovermode": "closest",
+    }  # fmt: skip
