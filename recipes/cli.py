@@ -186,14 +186,18 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    mapped: Annotated[
+        bool, typer.Option("--mapped", help="Leave memory tables on the disk.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Text from a trained model."""
     from recipes.sample import continue_text
 
     text = continue_text(
-        run, prompt, max_new_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
+        run, prompt, max_new_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed,
+        mapped=mapped,
+    )  # fmt: skip
     print(json.dumps({"prompt": prompt, "text": text}) if as_json else prompt + text)
 
 

@@ -14,9 +14,18 @@ from zoo.pretrained import building, load_weights
 
 
 def continue_text(
-    run: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, seed: int
+    run: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    mapped: bool = False,
 ) -> str:
     """What the model of a run directory goes on with after `prompt`, computed as the run computes.
+
+    mapped: memory tables stay on the disk (`zoo.mapped`).
 
     Raises:
         ValueError: for a directory without a finished run, damaged weights, an empty prompt, or
@@ -36,11 +45,11 @@ def continue_text(
         )
     n_steps = recipe.trainer.max_steps
     weights = run / "weights.safetensors"
-    with building(weights):
+    with building(weights, mapped=mapped):
         model = build(
             recipe, step=n_steps - 1, max_steps=n_steps
         )  # in the formats of its last step
-    load_weights(model, weights)
+    load_weights(model, weights, mapped=mapped)
     seed_rounding(model, rounding_seed(recipe.seed, recipe.precision), n_steps)
     encoder = tokenizer(recipe.data.tokenizer)
     ids = encoder.encode(prompt)[None]

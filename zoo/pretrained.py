@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from layers.posttraining.correction import attach_corrections
+from zoo.mapped import copied, is_table, read_mapped, settle
 from zoo.packing import HEADER, header_of, make_room, native_tensors
 
 MODEL_TYPE = "moe-zoo"
@@ -38,19 +39,25 @@ class Pretrained:
         write_weights(self, folder / "model.safetensors")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | Path, *, mapped: bool = False) -> Self:
         """The model that `save_pretrained` wrote.
+
+        Args:
+            folder: its config and weights.
+            mapped: leave memory tables on the disk (`zoo.mapped`): for inference, with tables
+                larger than memory. The model's weights are frozen and it is in evaluation mode.
 
         Raises:
             ValueError: for a missing or broken file, an option or a weight too many or too few, a
-                wrong shape.
+                wrong shape; for mapped, a model without memory tables, a table in another dtype
+                than the model's.
         """
         folder = Path(folder)
         config = _read_config(folder / "config.json")
         path = folder / "model.safetensors"
-        with building(path):
+        with building(path, mapped=mapped):
             model = cls(cls.config_class.of(config))  # pyright: ignore
-        load_weights(model, path)  # pyright: ignore
+        load_weights(model, path, mapped=mapped)  # pyright: ignore
         return model
 
 
@@ -70,9 +77,12 @@ def write_weights(module: nn.Module, path: str | Path) -> None:
 
 
 @contextmanager
-def building(path: str | Path) -> Iterator[None]:
-    """Where to build the module that a file's weights are for: packed ones need no storage yet."""
-    if _header(Path(path)) is None:
+def building(path: str | Path, *, mapped: bool = False) -> Iterator[None]:
+    """Where to build the module that a file's weights are for.
+
+    Packed and mapped ones need no storage yet, and must be loaded before anything else.
+    """
+    if not mapped and _header(Path(path)) is None:
         yield
     else:
         with torch.device("meta"), _Unfilled():
@@ -95,30 +105,32 @@ class _Unfilled(TorchFunctionMode):
 def _header(path: Path) -> str | None:
     """What a file says of packed weights; None where it holds none, or is none."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # "pt" would map it as if to be written
             return (file.metadata() or {}).get(HEADER)
     except (SafetensorError, OSError):
         return None  # said where it is read
 
 
-def load_weights(module: nn.Module, path: str | Path) -> None:
+def load_weights(module: nn.Module, path: str | Path, *, mapped: bool = False) -> None:
     """Fill a module from a safetensors file that holds exactly its tensors.
 
     A file of packed weights packs the module, and sets the precision of its leaves; one of
     post-training quantisation brings the corrections of its leaves.
 
+    mapped: as in `from_pretrained`.
+
     Raises:
-        ValueError: for a missing or broken file, a name too many or too few, a wrong shape.
+        ValueError: for a missing or broken file, a name too many or too few, a wrong shape; for
+            mapped, a model without memory tables, a table in another dtype than the model's.
     """
     if not Path(path).is_file():
         raise ValueError(f"no weights at {path}")
-    try:
-        given = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     header = _header(Path(path))
+    stays = is_table(module) if mapped else None
+    given = _read(path) if stays is None else read_mapped(path, stays)
     if header is not None:
-        given = {name: _copy(t) for name, t in given.items()}  # no view of the file
+        if stays is None:
+            given = {name: copied(t) for name, t in given.items()}  # no view of the file
         make_room(module, header, given)
     attach_corrections(module, given)
     own = own_tensors(module)
@@ -130,16 +142,30 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
             raise ValueError(
                 f"{path}: {name} must be {list(tensor.shape)}, got {list(given[name].shape)}"
             )
-    if header is not None:
-        return _take(module, given)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(given[name])
+    if stays is not None and header is None:
+        given = {name: _as(given[name], t, stays(name), name) for name, t in own.items()}
+    if mapped or header is not None:
+        _take(module, given)
+    else:
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(given[name])
+    if mapped:
+        settle(module)
 
 
-def _copy(t: Tensor) -> Tensor:
-    """t.clone(), of a type of one byte too that torch cannot fill."""
-    return t.clone() if t.element_size() > 1 else t.view(torch.uint8).clone().view(t.dtype)
+def _read(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _as(t: Tensor, own: Tensor, stays: bool, name: str) -> Tensor:
+    """A tensor of a file in the dtype of the module's own."""
+    if stays and t.dtype != own.dtype:
+        raise ValueError(f"mapped: table {name} must be {own.dtype} on the disk, got {t.dtype}")
+    return t.to(own.dtype)
 
 
 def _take(module: nn.Module, given: dict[str, Tensor]) -> None:
