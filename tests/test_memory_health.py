@@ -7,6 +7,7 @@ import pytest
 import torch
 from memory_toys import rms
 from recipe_toys import evaluate_briefly, tiny_recipe
+from report_data import comparison
 
 import zoo
 from layers.memory import TuckerKeys, TuckerKeysConfig
@@ -21,9 +22,14 @@ from recipes.memory_health import (
     searched,
 )
 from recipes.metrics import evaluate
+from recipes.report.health_figures import lines
 from recipes.report.layer_records import LayerMemory
-from recipes.report.records import Run
+from recipes.report.memory import MEASURES
+from recipes.report.memory import concentration as concentration_figure
+from recipes.report.records import Run, read_results
+from recipes.report.sections import sections
 from recipes.report.strict import read_as
+from recipes.report.study import study as study_of
 from recipes.router_rows import MEMORY_KEYS, means
 from recipes.train import train
 
@@ -259,3 +265,53 @@ def test_a_run_keeps_curve_and_records(ffn, tmp_path, monkeypatch):
     assert "memory/used" in header
     old = {key: value for key, value in asdict(run).items() if key != "memory"}
     assert read_as(Run, old, "result").memory == ()
+
+
+# In the report
+
+
+def remembered(run, layers, tucker):
+    """A made-up run with memories in some layers."""
+    curve = [0.0] + [1 - 2.0**-i for i in range(1, 33)]
+    found = [
+        asdict(
+            LayerMemory(
+                layer=layer, pool="ring" if tucker else None, n_rows=4096, reads=8192.0, used=0.5,
+                kl=0.25, concentration=tuple(curve), used_by_domain={"drama": 0.125},
+                recall=0.75 if tucker else None, recall_slots=64, core_gap=0.5 if tucker else None,
+            )
+        )
+        for layer in layers
+    ]  # fmt: skip
+    figures = {"memory/used": 0.5} | ({"memory/recall": 0.75} if tucker else {})
+    return {**run, "memory": found, "curve": [{**p, "router": figures} for p in run["curve"]]}
+
+
+def test_a_report_shows_memories_alone_and_only_what_they_have():
+    results = comparison(("swiglu", "mlp", "moe"), ("bf16",), baseline_seeds=2, steps=20)
+    assert "Memory" not in [s.title for s in sections(study_of(read_results(results)))]
+    runs = [
+        remembered(r, (0, 2), True) if r["variant"] == "mlp"
+        else remembered(r, (2,), False) if r["variant"] == "moe" else r
+        for r in results["runs"]
+    ]  # fmt: skip
+    study = study_of(read_results({**results, "runs": runs}))
+    (section,) = [s for s in sections(study) if s.title == "Memory"]
+    html = str(section.body)
+    summary, rest = html.split("<details>")
+    by_layer = rest.split("</details>")[0]
+    assert summary.count("<tr>") == 3
+    assert by_layer.count("<tr>") == 4
+    assert "swiglu" not in summary
+    for shown in ("4,096", "50.0", "0.250", "75.0"):
+        assert shown in summary
+    assert "12.5" in by_layer
+    assert by_layer.count("ring") == 2
+    figure = concentration_figure(study, [g for g in study.groups if g.first.memory])
+    drawn = {v["layer"]: len(v["data"]) for v in figure["views"]}
+    assert drawn == {"layer 0": 2, "layer 2": 3}  # the even line among them
+    trained = lines(study, study.groups, MEASURES)
+    assert trained is not None
+    assert [v["label"] for v in trained["views"]] == ["Rows used", "Recall"]
+    assert "memory-even" in html
+    assert "memory-lines" in html

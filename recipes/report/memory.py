@@ -14,7 +14,7 @@ from recipes.report.study import Group, Study
 from recipes.report.tables import num_cell, sort_head
 from recipes.report.text import Markup, el, join, lead
 
-TOP = 0.01  # of the rows, whose share of the reads the table has
+TOP = 1 / 32  # of the rows, whose share of the reads the table has
 # label: name in the curve, axis title, format of its ticks
 MEASURES = {
     "Rows used": ("memory/used", "share of the rows that were read", ".0%"),
