@@ -1,6 +1,9 @@
 """Pools that several layers share: counted once, drawn once, trained by all, saved once."""
 
 import math
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from layers.memory import Pool
+from recipes.comparison import read_comparison
+from recipes.costing import whole_model_cost
+from recipes.load import load
+from recipes.planning import plan
 from recipes.task import build_model
 from recipes.train import train
 from zoo.generate import generate
 from zoo.model import LanguageModel, ModelConfig
 from zoo.pretrained import load_weights
 
+SHIPPED = Path(str(resources.files("recipes")))
 SIZES = {"vocab_size": 32, "d_model": 32, "n_layers": 4, "n_heads": 2, "max_seq_len": 16}
 KEYS = {"n_keys": 8, "heads": 2, "top_k": 4, "d_key": 8}
 PKM = {"name": "pkm", **KEYS, "query_norm": "none"}
@@ -257,3 +265,29 @@ def test_a_run_saves_a_pool_once_and_generates(tmp_path, monkeypatch):
     for _ in range(8):  # without a cache
         ids = torch.cat([ids, model.eval()(ids).logits[:, -1:].argmax(-1)], dim=-1)
     assert torch.equal(made, ids)
+
+
+def test_the_comparison_of_memories_holds_flops_and_shares_tables():
+    settled = plan(*read_comparison("memory"))
+    assert [m.variant for m in settled.matched] == [
+        "swiglu", "moe", "pkm", "peer", "memory_plus", "ultramem", "ultramem_v2"
+    ]  # fmt: skip
+    assert all(abs(m.residual) < 0.01 for m in settled.matched)
+    assert len(settled.runs) == 2 * 7 + 2
+    pools = {run.variant: {c.pool for c in run.recipe.model.layers()} for run in settled.runs}
+    assert {name for name, of in pools.items() if of != {None}} == {
+        "pkm", "peer", "memory_plus", "ultramem_v2"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("memory_plus_shared", {"name": "swiglu", "d_ff": 384}),
+                        ("ultramem_v2", {"name": "swiglu", "d_ff": 512})],
+)  # fmt: skip
+def test_shipped_recipes_of_shared_pools_cost_what_they_say(name, plain):
+    recipe = load(str(SHIPPED / f"{name}.yaml"))
+    choices = recipe.model.layers()
+    assert sum(choice.pool is not None for choice in choices) == 3
+    flops = whole_model_cost(recipe).flops
+    dense = whole_model_cost(replace(recipe, model=replace(recipe.model, ffn=plain))).flops
+    assert flops == pytest.approx(dense, rel=0.02)
