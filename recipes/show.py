@@ -26,7 +26,8 @@ def catalogue(pattern: str, as_json: bool) -> None:
         ValueError: when nothing matches.
     """
     found = {
-        kind: [zoo.describe(n) for n in zoo.names(pattern, kind)] for kind in ("ffn", "router")
+        kind: [zoo.describe(n, kind) for n in zoo.names(pattern, kind)]
+        for kind in ("ffn", "router")
     }
     if not any(found.values()):
         raise unknown("variant or router", pattern, [*zoo.names(), *zoo.names(kind="router")])
@@ -60,6 +61,8 @@ def card(name: str, as_json: bool) -> None:
         _json(plain)
     else:
         print(found)
+        if found.kind == "ffn" and name in zoo.names(kind="router"):
+            print(f"\nIts router, of the same name:\n{zoo.describe(name, 'router')}")
 
 
 def cost(name: str, options: Mapping[str, Any], as_json: bool) -> None:

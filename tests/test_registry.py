@@ -8,6 +8,7 @@ import torch
 import zoo
 import zoo.registry as registry
 from layers.swiglu import SwiGLU
+from recipes import show
 from zoo.catalogue import FFNS, ROUTERS
 
 TINY = {"d_model": 32, "d_expert": 32, "n_experts": 4}
@@ -177,3 +178,16 @@ def test_bytes_of_experts_follow_how_many_a_batch_touches():
     touched = torch.tensor([len(set(draw.tolist())) for draw in draws]).float().mean()
     assert cost.weight_bytes_at(4) == pytest.approx(touched.item() * expert / 4, rel=0.01)
     assert cost.weight_bytes_at(4096) == pytest.approx(8 * expert / 4096)
+
+
+def test_a_router_and_a_variant_of_one_name_have_a_card_each(capsys):
+    shared = sorted(set(zoo.names()) & set(zoo.names(kind="router")))
+    assert "remoe" in shared
+    for name in shared:
+        assert zoo.describe(name).kind == zoo.describe(name, "ffn").kind == "ffn"
+        assert zoo.describe(name, "router").kind == "router"
+    show.catalogue("remoe", as_json=False)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("remoe")]
+    assert len({row.split("  ", 3)[-1] for row in rows}) == 2
+    with pytest.raises(ValueError, match="unknown kind of entry"):
+        zoo.describe("remoe", "routers")

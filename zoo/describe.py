@@ -62,13 +62,17 @@ class Card:
         return "\n".join(lines)
 
 
-def describe(name: str) -> Card:
+def describe(name: str, kind: str | None = None) -> Card:
     """The card of an FFN variant or a router, by name or alias.
 
+    Args:
+        name: as in the catalogue.
+        kind: "ffn" or "router"; None: either, the variant where both have that name.
+
     Raises:
-        ValueError: when neither table holds the name; names the nearest.
+        ValueError: when no such table holds the name; names the nearest.
     """
-    known = {**entries("router"), **entries("ffn")}
+    known = {**entries("router"), **entries("ffn")} if kind is None else entries(kind)
     if name not in known:
         raise unknown("FFN variant or router", name, known)
     entry = known[name]
