@@ -97,17 +97,21 @@ def pair(ffn: Any, n_experts: int) -> tuple[Any, Any, torch.Tensor]:
 MOE = {"name": "moe", "n_experts": 4, "d_expert": 16}
 MOE_PLUS_PLUS = {"name": "moe_plus_plus", "n_experts": 4, "d_expert": 16}
 BIASES = {"name": "gpt_oss_moe", "n_experts": 4, "top_k": 2, "d_expert": 16}
+RING = {
+    "name": "ultramem_v2", "d_ff": 48, "n_keys": 4, "top_k": 4, "d_key": 4, "pool": "ring",
+}  # fmt: skip
 KINDS = {
     "moe": MOE, "moe_plus_plus": MOE_PLUS_PLUS, "shared": MOE | {"n_shared": 1}, "biases": BIASES,
-    "tied": "tied",
+    "tied": "tied", "pool": RING,
 }  # fmt: skip
+DENSE = ("tied", "pool")  # kinds without experts
 
 
 def gradients() -> dict[str, Any]:
     """Names of gradients that are not those of one process to the bit, by kind and axis."""
     world, found = dist.get_world_size(), {}
     for kind, ffn in KINDS.items():
-        for axis, n_experts in (("data", 1), ("experts", 2))[: 1 if kind == "tied" else 2]:
+        for axis, n_experts in (("data", 1), ("experts", 2))[: 1 if kind in DENSE else 2]:
             one, many, tokens = pair(ffn, n_experts)
             parts = tokens.chunk(world // n_experts)
             for part in parts:

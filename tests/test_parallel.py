@@ -159,7 +159,7 @@ def test_a_damaged_shard_is_named(runs, tmp_path):
 
 def test_gradients_are_those_of_one_process(runs):
     found = told(runs, "gradients")
-    assert len(found) == 9
+    assert len(found) == 10
     assert found == {case: [] for case in found}
 
 
