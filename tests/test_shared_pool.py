@@ -230,7 +230,7 @@ def test_sizes_under_one_name_must_agree():
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "training", 3, None])
 def test_a_pool_needs_a_name_that_a_module_can_have(name):
-    with refused("pool must be 'own' or a name to share it by"):
+    with refused("layer 0: pool must be 'own' or a name to share it by"):
         config({**PLUS, "pool": name}).layers()
 
 

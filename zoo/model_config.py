@@ -1,6 +1,7 @@
 """The shape of a language model: plain values, and the settled layers that they mean."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
@@ -97,12 +98,13 @@ class ModelConfig:
         choices: list[Choice] = []
         n_carry = None
         plan = layer_choices(self.ffn, self.n_layers)
-        pools = [pool_name(layer) for layer in plan]
+        pools: list[str | None] = []
         for i, layer in enumerate(plan):
-            try:
+            with _said_of(i):
+                pools.append(pool_name(layer))
+        for i, layer in enumerate(plan):
+            with _said_of(i):
                 choice = self._settle(_placed(layer, i, pools), n_carry)
-            except ValueError as error:
-                raise ValueError(f"layer {i}: {error}") from None
             if not choice.causal and not self.allow_noncausal:
                 raise ValueError(
                     f"layer {i}: {choice.entry.name} as configured lets a token read later ones in "
@@ -125,6 +127,15 @@ class ModelConfig:
         if hasattr(choice.router_config, "n_carry"):
             return replace(choice, router_config=replace(choice.router_config, n_carry=n_carry))
         return choice
+
+
+@contextmanager
+def _said_of(layer: int) -> Iterator[None]:
+    """An error in here names the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}") from None
 
 
 def _placed(layer: LayerChoice, i: int, pools: Sequence[str | None]) -> LayerChoice:
