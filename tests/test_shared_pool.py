@@ -112,6 +112,20 @@ def test_the_gradient_of_a_pool_is_the_sum_over_its_layers(ffn):
 
 
 @every_variant
+def test_a_sparse_gradient_of_a_pool_is_the_dense_one(ffn):
+    model, ids = zoo.build(config({**ffn, "pool": "shared"})), tokens()
+    gradients = []
+    for sparse in (False, True):
+        for table in model.pools["shared"].children():
+            table.sparse = sparse
+        model.zero_grad()
+        model(ids).logits.square().mean().backward()
+        assert all(p.grad.is_sparse == sparse for p in model.pools.parameters())
+        gradients.append([p.grad.to_dense() for p in model.pools.parameters()])
+    assert_close(gradients[1], gradients[0])
+
+
+@every_variant
 def test_weights_hold_a_pool_once_and_load_again(ffn):
     model, other = (zoo.build(config(pair(ffn))) for _ in range(2))
     state = model.state_dict()
