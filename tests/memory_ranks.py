@@ -91,6 +91,21 @@ def integers() -> dict[str, Any]:
     return found
 
 
+def precisions() -> dict[str, Any]:
+    """Losses and largest differences of gradients where each process rounds its part."""
+    found = {}
+    for precision, cut in (("bf16", "rows"), ("bf16", "columns"), ("mxfp4", "rows")):
+        one, many = (model_of(KINDS["peer"], precision) for _ in range(2))
+        parallelize(many, mesh_of(2), cut)
+        tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
+        losses = step_of(one, tokens), step_of(many, tokens)
+        name = "blocks.1.ffn.memory.pool.inputs.weight"
+        grads = [dict(m.named_parameters())[name].grad for m in (one, many)]
+        wanted, got = [whole(grad) for grad in grads if grad is not None]
+        found[f"{precision} {cut}"] = [*losses, ((got - wanted).norm() / wanted.norm()).item()]
+    return found
+
+
 def nothing() -> dict[str, Any]:
     """No token at all."""
     pool = Pool(PoolConfig(n_rows=8, d_value=8, cores=2, d_input=4))
@@ -113,7 +128,7 @@ def compact() -> dict[str, Any]:
     return {}
 
 
-parallel_toys.CHECKS |= {f.__name__: f for f in (tables, integers, nothing, compact)}
+parallel_toys.CHECKS |= {f.__name__: f for f in (tables, integers, precisions, nothing, compact)}
 
 if __name__ == "__main__":
     parallel_toys.main()

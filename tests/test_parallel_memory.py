@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("memory")
     with brief():
         train(load(recipe_of()), root / "one")
-    checks = ("tables", "integers", "nothing", "compact")
+    checks = ("tables", "integers", "precisions", "nothing", "compact")
     ranks(root, [
         *((name, None, None, None) for name in checks),
         ("rows", recipe_of(**cut("rows")), "rows", None),
@@ -87,6 +87,13 @@ def test_where_order_is_nothing_all_is_equal_to_the_bit(runs):
     found = told(runs, "integers")
     assert len(found) == 8
     assert found == {case: [] for case in found}
+
+
+@pytest.mark.parametrize("case", ["bf16 rows", "bf16 columns", "mxfp4 rows"])
+def test_in_low_precision_the_numbers_are_near(case, runs):
+    one, many, error = told(runs, "precisions")[case]
+    assert many == pytest.approx(one, rel=5e-3)
+    assert error < 0.1  # fp4 puts a small difference on another point of its grid
 
 
 def test_no_token_is_no_trouble(runs):
