@@ -104,6 +104,6 @@ def settle(module: nn.Module) -> None:
     for part in module.modules():
         for name, t in part._buffers.items():
             if t is not None and t.is_meta:
-                part._buffers[name] = torch.zeros_like(t, device="cpu")
+                part._buffers[name] = torch.zeros(t.shape, dtype=t.dtype, device="cpu")
     module.requires_grad_(False)
     module.eval()
