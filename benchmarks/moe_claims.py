@@ -6,7 +6,8 @@ MoE++ (arXiv:2410.07348, table 2): at equal experts, quality at least that of th
 and 1.1 to 2.1 times its expert forward throughput, the more the smaller tau. Each is set against a
 mixture that weighs as it does: by the probabilities as they are (the paper), or renormalised over
 the chosen. Loss-free balancing (arXiv:2408.15664): the selection bias gives a better balance than
-the auxiliary loss, at no worse quality. Finished runs are kept in DIR, so that a second call only measures throughput and prints.
+the auxiliary loss, at no worse quality. Finished runs are kept in DIR: a second call only measures
+throughput and prints.
 """
 
 import argparse
