@@ -9,9 +9,10 @@ and mapped (`zoo.mapped`). Before a mapped run the file is dropped from the syst
 first text reads the disk, page by page; later texts find some of their rows there.
 
 Resident: over that of the process before it loaded, of its own memory and of pages of the file.
-Loading is by the clock. Read: what the process asked the disk for while it generated. Tokens a CPU second, page faults
-included and waiting for the disk not; of the later texts the best, for other work on the machine
-only slows. At last the first text again, the best of three: all its rows are in memory by then.
+Loading is by the clock. Read: what the process asked the disk for while it generated. Tokens a CPU
+second, page faults included and waiting for the disk not; of the later texts the best, for other
+work on the machine only slows. At last the first text again, the best of three: all its rows are in
+memory by then.
 """
 
 import argparse
