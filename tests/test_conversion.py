@@ -147,7 +147,6 @@ def test_permuting_neurons_changes_nothing(to):
     torch.testing.assert_close(*converted, rtol=1e-9, atol=1e-10)
 
 
-
 @pytest.mark.parametrize("to", [*MIXED, "factor_llm"])
 def test_relabelling_experts_changes_nothing(to):
     x = torch.randn(1, 6, D, dtype=torch.float64)
