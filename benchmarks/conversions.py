@@ -85,7 +85,7 @@ def on_job(start: Path, out: Path, label: str, changes: Mapping[str, Any], n_ste
         "seed": before["seed"] + OTHER_BATCHES,
         "init_from": str(start),
         "optim": ON,
-        "trainer": every(n_steps),
+        "trainer": every(n_steps) | {"eval_every_steps": n_steps},  # at step 0 and the end
         **changes,
     }
     return Job(label, load.merged(before, said), out)
