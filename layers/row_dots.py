@@ -85,16 +85,23 @@ def _native(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
 _library = torch.library.Library("moe_zoo", "FRAGMENT")
 _library.define("row_dots(Tensor table, Tensor ids, Tensor x) -> Tensor")
 _library.define("row_dots_wgrad(Tensor g, Tensor ids, Tensor x, int n_rows) -> Tensor")
+# The same, as gradients of a bag: its sum counts as no matmul, so neither do they.
+_library.define("bag_dweights(Tensor table, Tensor ids, Tensor x) -> Tensor")
+_library.define("bag_dtable(Tensor g, Tensor ids, Tensor x, int n_rows) -> Tensor")
 _library.impl("row_dots", row_dots, "CompositeExplicitAutograd")
+_library.impl("bag_dweights", row_dots, "CompositeExplicitAutograd")
 _library.impl("row_dots_wgrad", row_dots_wgrad, "CompositeExplicitAutograd")
+_library.impl("bag_dtable", row_dots_wgrad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("moe_zoo::row_dots", lib=_library)
+@torch.library.register_fake("moe_zoo::bag_dweights", lib=_library)
 def _(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(ids.shape)
 
 
 @torch.library.register_fake("moe_zoo::row_dots_wgrad", lib=_library)
+@torch.library.register_fake("moe_zoo::bag_dtable", lib=_library)
 def _(g: Tensor, ids: Tensor, x: Tensor, n_rows: int) -> Tensor:
     return x.new_empty(n_rows, x.shape[1])
 

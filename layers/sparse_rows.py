@@ -116,9 +116,14 @@ class _Bag(torch.autograd.Function):
         dy = grads[0].contiguous()
         dtable = dweights = None
         if ctx.needs_input_grad[0]:
-            dtable = table_gradient(ids, weights, dy, table.shape[0], sparse=ctx.sparse)
+            n_rows = table.shape[0]
+            dtable = (
+                row_gradient(ids, weights, dy, n_rows)
+                if ctx.sparse
+                else torch.ops.moe_zoo.bag_dtable(weights, ids, dy, n_rows)
+            )
         if ctx.needs_input_grad[2]:
-            dweights = torch.ops.moe_zoo.row_dots(table, ids, dy)
+            dweights = torch.ops.moe_zoo.bag_dweights(table, ids, dy)
         return dtable, None, dweights, None
 
 

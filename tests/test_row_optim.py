@@ -254,7 +254,8 @@ class Sizes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor) and not t.is_sparse]
         name = func.name().removeprefix("aten::")
-        by_row = name.startswith(self.BY_ROW) or name == "moe_zoo::row_dots"
+        dots = ("moe_zoo::row_dots", "moe_zoo::bag_dweights")
+        by_row = name.startswith(self.BY_ROW) or name in dots
         if any(t.numel() >= self.n_rows for t in tensors) and not by_row:
             self.found.add(name)
         return out
