@@ -108,8 +108,8 @@ class ModelConfig:
             if not choice.causal and not self.allow_noncausal:
                 raise ValueError(
                     f"layer {i}: {choice.entry.name} as configured lets a token read later ones in "
-                    "training, which a language model must not: set allow_noncausal=True to train "
-                    "so anyway (evaluation decides causally), or choose another variant"
+                    "training, which a language model must not: set allow_noncausal=True to do "
+                    "so anyway, or choose another variant"
                 )
             choices.append(replace(choice, pool=pools[i]))
             n_carry = _n_logits(choice) or n_carry
