@@ -134,54 +134,38 @@ def dropped(results: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=360)
-    parser.add_argument("--out", type=Path, default=Path("runs/moe_claims"))
-    args = parser.parse_args()
-    trainer = RECIPE["trainer"] | {"max_steps": args.steps}
-    runs = {
-        (label, seed): args.out / f"{label.replace(', ', '-').replace(' ', '-')}-s{seed}"
-        for label in variants()
-        for seed in SEEDS
-    }
-    jobs = [
-        Job(label, RECIPE | changed | {"trainer": trainer, "seed": seed}, runs[label, seed])
-        for label, changed in variants().items()
-        for seed in SEEDS
-    ]
-    results = train_all(jobs, args.workers)
+Results = dict[str, list[dict[str, Any]]]  # by label, in the order of the seeds
 
-    def of(label: str) -> list[dict[str, Any]]:
-        return [results[runs[label, seed]] for seed in SEEDS]
 
-    def bpb(label: str) -> list[float]:
-        return [result["final"]["bpb"] for result in of(label)]
+def bpb(results: list[dict[str, Any]]) -> list[float]:
+    """Final bits per byte of each seed."""
+    return [result["final"]["bpb"] for result in results]
 
-    tokens = args.steps * 8 * 128
-    print(f"{machine()}. {len(SEEDS)} seeds, {tokens:,} tokens each, classics7.")
-    print("Bits per byte; differences in thousandths, paired, ± half of a 95% interval.\n")
 
+def figures(results: list[dict[str, Any]]) -> list[str]:
+    """Parameters and mean bits per byte."""
+    return [f"{results[0]['cost']['params']:,}", f"{statistics.mean(bpb(results)):.3f}"]
+
+
+def print_moe_plus_plus(of: Results, first: dict[str, Path]) -> None:
+    """MoE++ by tau. first: the run directory of the first seed, by label."""
     print("## MoE++ against the vanilla mixture of the same experts\n")
     tau_of = {plus_label(c, tau): tau for c, taus in TAUS.items() for tau in taus}
-    times = expert_seconds({label: runs[label, 0] for label in (BASE, *tau_of)})
-    rows = []
-    for label in ("moe", BASE):
-        params = f"{of(label)[0]['cost']['params']:,}"
-        rows.append([label, params, f"{statistics.mean(bpb(label)):.3f}", *[""] * 4, "1", "1", "1"])
+    times = expert_seconds({label: first[label] for label in (BASE, *tau_of)})
+    base = bpb(of[BASE])
+    rows = [[label, *figures(of[label]), *[""] * 4, "1", "1", "1"] for label in ("moe", BASE)]
     for label, tau in tau_of.items():
-        free = [layer["zero_computation_share"] for r in of(label) for layer in r["load"]]
+        free = [layer["zero_computation_share"] for r in of[label] for layer in r["load"]]
         share = 1 - statistics.mean(free)
+        ends = bpb(of[label])
         rows.append([
-            label, f"{of(label)[0]['cost']['params']:,}", f"{statistics.mean(bpb(label)):.3f}",
-            gap(bpb(label), bpb(BASE)), told(bpb(label), bpb(BASE)), dropped(of(label)),
+            label, *figures(of[label]), gap(ends, base), told(ends, base), dropped(of[label]),
             f"{1 - share:.2f}", f"{(tau * 8 + 4) / (tau * 8):.2f}", f"{1 / share:.2f}",
             f"{1 / ratio(times, label, BASE):.2f}",
         ])  # fmt: skip
     header = ["", "parameters", "bpb", f"gap to {BASE}", "told", "dropped", "without FFN"]
-    header.append("throughput by tau")
-    print(markdown([*header, "by measured share", "throughput measured"], rows))
+    header += ["throughput by tau", "by measured share", "throughput measured"]
+    print(markdown(header, rows))
     print(
         "\n`moe` renormalises its weights. Dropped: share of assignments over capacity, at the "
         "first and the last row of training. "
@@ -191,26 +175,54 @@ def main() -> None:
         "it, (tau N_FFN + N_ZC) / (tau N_FFN).\n"
     )
 
+
+def print_balancing(of: Results) -> None:
+    """Loss-free balancing beside the auxiliary loss and none."""
     print("## Loss-free balancing against the auxiliary loss, sigmoid scores\n")
-    rows = []
-    for label in ("aux loss", "loss-free", "no balancing"):
-        violations = [largest_violation(result) for result in of(label)]
-        dead = [layer["dead"] for r in of(label) for layer in r["load"]]
-        same = label == "aux loss"
-        base = [largest_violation(result) for result in of("aux loss")]
+    rows, base = [], "aux loss"
+    least = [largest_violation(result) for result in of[base]]
+    for label in (base, "loss-free", "no balancing"):
+        violations = [largest_violation(result) for result in of[label]]
+        dead = statistics.mean(layer["dead"] for r in of[label] for layer in r["load"])
+        ends = bpb(of[label]), bpb(of[base])
+        other = label != base
         rows.append([
-            label, f"{statistics.mean(bpb(label)):.3f}",
-            "" if same else gap(bpb(label), bpb("aux loss")),
-            "" if same else told(bpb(label), bpb("aux loss")),
+            label, figures(of[label])[1], gap(*ends) if other else "", told(*ends) if other else "",
             f"{statistics.mean(violations):.2f} ({min(violations):.2f} to {max(violations):.2f})",
-            "" if same else told(violations, base), f"{statistics.mean(dead):.2f}",
+            told(violations, least) if other else "", f"{dead:.2f}",
         ])  # fmt: skip
-    print(markdown(["", "bpb", "gap to aux loss", "told", "MaxVio (range)", "told", "dead experts"],
-                   rows))  # fmt: skip
+    header = ["", "bpb", "gap to aux loss", "told", "MaxVio (range)", "told", "dead experts"]
+    print(markdown(header, rows))
     print(
         "\nMaxVio: largest load over the mean, less 1, on held-out text, mean over layers. Aux "
         "loss 0.01 in the canonical normalisation; bias step 0.001."
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--out", type=Path, default=Path("runs/moe_claims"))
+    args = parser.parse_args()
+    trainer = RECIPE["trainer"] | {"max_steps": args.steps}
+    runs = {
+        label: [
+            args.out / f"{label.replace(', ', '-').replace(' ', '-')}-s{seed}" for seed in SEEDS
+        ]
+        for label in variants()
+    }
+    jobs = [
+        Job(label, RECIPE | changed | {"trainer": trainer, "seed": seed}, out)
+        for label, changed in variants().items()
+        for seed, out in zip(SEEDS, runs[label], strict=True)
+    ]
+    results = train_all(jobs, args.workers)
+    of = {label: [results[out] for out in outs] for label, outs in runs.items()}
+    print(f"{machine()}. {len(SEEDS)} seeds, {args.steps * 8 * 128:,} tokens each, classics7.")
+    print("Bits per byte; differences in thousandths, paired, ± half of a 95% interval.\n")
+    print_moe_plus_plus(of, {label: outs[0] for label, outs in runs.items()})
+    print_balancing(of)
 
 
 if __name__ == "__main__":
