@@ -4,6 +4,7 @@ A controller calls `update` once per optimizer step with counts summed over micr
 (`recipes.controllers` does); evaluation is not counted.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -32,7 +33,7 @@ class Float32State(nn.Module):
         return self
 
 
-class Steered(Float32State):
+class Steered(Float32State, ABC):
     """A router whose state a controller moves by what was chosen."""
 
     @property
@@ -40,6 +41,7 @@ class Steered(Float32State):
         """Whether there is anything to move, as configured."""
         return True
 
+    @abstractmethod
     def update(self, counts: Tensor, *, progress: float = 0.0) -> None:
         """Move the state once.
 
@@ -47,7 +49,6 @@ class Steered(Float32State):
             counts: [E], assignments of the step: summed over its micro-batches and all ranks.
             progress: steps done before this one, as a share of all.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

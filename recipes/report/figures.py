@@ -142,6 +142,17 @@ def plot(figure: Figure, key: str, label: str) -> Markup:
     )
 
 
+def switched(figure: Figure, legend: Markup, key: str, title: str, label: str) -> Markup:
+    """A figure under a title, with a button for each of its views."""
+    buttons = (
+        el("button", v["label"], type="button", data_i=i, aria_pressed="false" if i else "true")
+        for i, v in enumerate(figure["views"])
+    )
+    tabs = el("div", *buttons, class_="tabs", data_plot=key, data_of="view")
+    controls = el("div", tabs, class_="controls")
+    return join(el("h3", title), controls, legend, plot(figure, key, label))
+
+
 def _finite(data: Any) -> Any:
     """JSON knows no NaN: what a diverged run left behind is not drawn."""
     if isinstance(data, dict):

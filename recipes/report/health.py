@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from recipes.report import text
-from recipes.report.figures import Figure, plot
+from recipes.report.figures import Figure, switched
 from recipes.report.headline import name
 from recipes.report.health_figures import Layer, layers_of, lines, pairs_of, widest
 from recipes.report.layer_records import LayerHealth, LayerLoad
 from recipes.report.probes import explorer
 from recipes.report.records import Run
 from recipes.report.study import Group, Study
-from recipes.report.tables import num_cell, sort_head
+from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
 
 
@@ -72,7 +72,11 @@ def health(study: Study, legend: Markup) -> Markup | None:
         note,
         _summary(study, groups),
         _by_layer(study, groups),
-        _curves(figure, legend) if figure else None,
+        switched(
+            figure, legend, "health-lines", "Over training", "Figures of routers over training"
+        )
+        if figure
+        else None,
         _pairs(pairs) if pairs else None,
     )
 
@@ -92,7 +96,7 @@ def _summary(study: Study, groups: Sequence[Group]) -> Markup:
         cells = [_mean_cell(c, layers) for c in COLUMNS]
         cells += [_share_cell(_last(g.first, key)) for key in ("router/kept", "load/dropped")]
         rows.append(el("tr", el("td", name(study, g), data_value=g.label), *cells))
-    return _table(heads, rows)
+    return sortable(heads, rows)
 
 
 def _mean_cell(column: Column, layers: Sequence[Layer]) -> Markup:
@@ -124,29 +128,10 @@ def _by_layer(study: Study, groups: Sequence[Group]) -> Markup:
         for g in groups
         for load, h in layers_of(g.first)
     ]
-    return el("details", el("summary", "The same, layer by layer"), _table(heads, rows))
-
-
-def _table(heads: Sequence[Markup], rows: Sequence[Markup]) -> Markup:
-    table = el("table", el("thead", el("tr", *heads)), el("tbody", *rows), class_="sortable")
-    return el("div", table, class_="scroll")
+    return el("details", el("summary", "The same, layer by layer"), sortable(heads, rows))
 
 
 # Figures
-
-
-def _curves(figure: Figure, legend: Markup) -> Markup:
-    buttons = (
-        el("button", v["label"], type="button", data_i=i, aria_pressed="false" if i else "true")
-        for i, v in enumerate(figure["views"])
-    )
-    tabs = el("div", *buttons, class_="tabs", data_plot="health-lines", data_of="view")
-    return join(
-        el("h3", "Over training"),
-        el("div", tabs, class_="controls"),
-        legend,
-        plot(figure, "health-lines", "Figures of routers over training"),
-    )
 
 
 def _pairs(figure: Figure) -> Markup:

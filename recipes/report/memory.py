@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from recipes.report import text
-from recipes.report.figures import Figure, meta, plot
+from recipes.report.figures import Figure, meta, switched
 from recipes.report.headline import name
 from recipes.report.health_figures import lines
 from recipes.report.layer_records import LayerMemory
 from recipes.report.probes import explorer
 from recipes.report.study import Group, Study
-from recipes.report.tables import num_cell, sort_head
+from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
 
 TOP = 1 / 32  # of the rows, whose share of the reads the table has
@@ -74,7 +74,15 @@ def memory(study: Study, legend: Markup) -> Markup | None:
         note,
         _summary(study, groups),
         _by_layer(study, groups),
-        _curves(over_training, legend) if over_training else None,
+        switched(
+            over_training,
+            legend,
+            "memory-lines",
+            "Memory over training",
+            "Figures of memory layers over training",
+        )
+        if over_training
+        else None,
         _even(study, groups, legend),
     )
 
@@ -95,7 +103,7 @@ def _summary(study: Study, groups: Sequence[Group]) -> Markup:
         )
         for g in groups
     ]
-    return _table(heads, rows)
+    return sortable(heads, rows)
 
 
 def _mean_cell(column: Column, layers: Sequence[LayerMemory]) -> Markup:
@@ -125,30 +133,11 @@ def _by_layer(study: Study, groups: Sequence[Group]) -> Markup:
         for m in g.first.memory
     ]
     return el(
-        "details", el("summary", "The same, layer by layer and by domain"), _table(heads, rows)
+        "details", el("summary", "The same, layer by layer and by domain"), sortable(heads, rows)
     )
-
-
-def _table(heads: Sequence[Markup], rows: Sequence[Markup]) -> Markup:
-    table = el("table", el("thead", el("tr", *heads)), el("tbody", *rows), class_="sortable")
-    return el("div", table, class_="scroll")
 
 
 # Figures
-
-
-def _curves(figure: Figure, legend: Markup) -> Markup:
-    buttons = (
-        el("button", v["label"], type="button", data_i=i, aria_pressed="false" if i else "true")
-        for i, v in enumerate(figure["views"])
-    )
-    tabs = el("div", *buttons, class_="tabs", data_plot="memory-lines", data_of="view")
-    return join(
-        el("h3", "Memory over training"),
-        el("div", tabs, class_="controls"),
-        legend,
-        plot(figure, "memory-lines", "Figures of memory layers over training"),
-    )
 
 
 def _even(study: Study, groups: Sequence[Group], legend: Markup) -> Markup:

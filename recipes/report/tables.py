@@ -1,5 +1,6 @@
 """The sortable tables: variants, all runs, load of every MoE layer."""
 
+from collections.abc import Sequence
 from math import isfinite
 
 from recipes.report import text
@@ -66,6 +67,12 @@ def sort_head(
     classes = " ".join(filter(None, (NUMBER if number else "", "at" if n else "")))
     button = el("button", label, type="button", title=title)
     return el("th", button, class_=classes or None, data_at=n, aria_sort="none", scope="col")
+
+
+def sortable(heads: Sequence[Markup], rows: Sequence[Markup]) -> Markup:
+    """A table that its heads sort, as wide as it needs to be."""
+    table = el("table", el("thead", el("tr", *heads)), el("tbody", *rows), class_="sortable")
+    return el("div", table, class_="scroll")
 
 
 def num_cell(
