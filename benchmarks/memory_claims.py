@@ -39,11 +39,12 @@ TASKS: dict[str, dict[str, Any]] = {
     "text": {"corpus": "classics7", "seq_len": 128, "batch_size": 8},
     "recall": {"task": {"name": "recall", "n_pairs": 16, "n_queries": 16, "vocab": 128},
                "seq_len": 63, "batch_size": 16},
-    "copy": {"task": {"name": "copy", "length": 64, "vocab": 64}, "seq_len": 128, "batch_size": 8},
+    "copy": {"task": {"name": "copy", "length": 120, "vocab": 128}, "seq_len": 240,
+             "batch_size": 4},
     "facts": {"task": {"name": "facts", "n_facts": 8192, "key_len": 3, "vocab": 128},
               "seq_len": 63, "batch_size": 16},
 }  # fmt: skip
-MODEL = {"d_model": 128, "n_layers": N_LAYERS, "n_heads": 2, "max_seq_len": 128, "qk_norm": True}
+MODEL = {"d_model": 128, "n_layers": N_LAYERS, "n_heads": 2, "max_seq_len": 256, "qk_norm": True}
 D_DECODED = 512  # width of the layers that decode
 TOKENS_AT_ONCE = (1, 4, 16, 64)
 COLD_BYTES = 256 << 20  # of all copies of a layer: more than any cache holds
@@ -80,7 +81,7 @@ def recipes(part: str, steps: int) -> dict[str, dict[str, Any]]:
     shared = {
         "data": TASKS[part] | {"eval_bytes_per_domain": 2048},
         "trainer": {"max_steps": steps, "eval_every_steps": max(steps // 4, 1), "threads": 1,
-                    "checkpoint_every_steps": max(steps // 4, 1), "log_every_steps": 20},
+                    "checkpoint_every_steps": steps, "log_every_steps": 20},
     }  # fmt: skip
     ffns = {
         name: {"name": name, **{k: v for k, v in options.items() if k != "d_model"}}
