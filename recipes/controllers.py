@@ -1,4 +1,4 @@
-"""Router state that moves between steps: biases, lambdas, thresholds, running counts."""
+"""State that moves between steps: routers' by what was chosen, schedules by the step itself."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from layers.scheduled import Scheduled
 from recipes.schema import Recipe
 from routers.balance import BalanceLoss, over_ranks
 from routers.expert_choice import ExpertChoiceRouter
@@ -15,17 +16,35 @@ from routers.state import Steered
 
 
 def controller_callbacks(recipe: Recipe) -> list[Callback]:
-    """What the recipe's routers need between steps: nothing, if none has state that moves.
+    """What the recipe's layers need between steps: nothing, if none has state that moves.
 
     Stands before whatever evaluates or saves, so that these see the state that a step left.
     """
-    choices = [c for c in recipe.model.layers() if c.router_entry is not None]
+    layers = recipe.model.layers()
+    choices = [c for c in layers if c.router_entry is not None]
     moves = any(
         issubclass(c.router_entry.module, (Steered, ReMoERouter, ExpertChoiceRouter))  # pyright: ignore
         or getattr(c.router_config, "balance_scope", "") == "global_batch"
         for c in choices
     )
-    return [RouterController(recipe.trainer.max_steps)] if moves else []
+    found: list[Callback] = [RouterController(recipe.trainer.max_steps)] if moves else []
+    if any(issubclass(c.entry.module, Scheduled) for c in layers):
+        found.append(Schedules())
+    return found
+
+
+class Schedules(Callback):
+    """Sets the buffers of scheduled layers (`layers.scheduled`) before each optimizer step."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Once a step, before its first micro-batch."""
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        for module in pl_module.modules():
+            if isinstance(module, Scheduled):
+                module.at_step(trainer.global_step, trainer.max_steps)
 
 
 class RouterController(Callback):

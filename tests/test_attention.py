@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from layers.norm import RMSNorm, rms_norm
 from zoo.attention import Attention, AttentionConfig, rope_tables, rotate
 from zoo.cache import LayerCache
-from zoo.norm import RMSNorm, rms_norm
 
 CONFIG = AttentionConfig(d_model=24, n_heads=4, n_kv_heads=2, d_head=8)
 CPU = torch.device("cpu")

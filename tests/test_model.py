@@ -421,3 +421,11 @@ def test_build_takes_a_config_a_recipe_or_plain_mappings():
         build(3)
     with pytest.raises(ValueError, match="unknown model option 'd_modle'"):
         build({"d_modle": 3})
+
+
+def test_widths_must_fit_the_layers():
+    model = build(TINY)
+    with pytest.raises(ValueError, match=r"widths must have one entry for each of 3 layers, got 1"):
+        model(tokens(), widths=[8])
+    with pytest.raises(ValueError, match=r"layer 1: SwiGLU is not nested, it has no width 8"):
+        model(tokens(), widths=[None, 8, None])

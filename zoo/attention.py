@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from layers.base import Cost, WeightCost
 from layers.linear import Linear
 from layers.names import check_positive
+from layers.norm import RMSNorm
 from zoo.cache import LayerCache
-from zoo.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)

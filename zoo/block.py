@@ -68,8 +68,18 @@ class Block(nn.Module):
         carry: Tensor | None,
         context: Context,
         cache: LayerCache | None = None,
+        width: int | None = None,
+        heads: int | None = None,
     ) -> BlockOutput:
-        """x: [B, S, D]; carry: [B, S, E'], the last router logits of earlier blocks."""
+        """What the block makes of x, with all of its parts or with some.
+
+        Args:
+            x: [B, S, D].
+            carry: [B, S, E'], the last router logits of earlier blocks.
+            context, cache: as the fields say; of this layer.
+            width: the first so many hidden numbers of a nested FFN alone; None: all.
+            heads: the first so many heads of the attention alone; None: all.
+        """
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         for name in self.layout:
@@ -77,9 +87,11 @@ class Block(nn.Module):
             assert inner is not None
             h = x if norm is None else norm(x)
             if name in self.mixers:
-                x = x + inner(h, context.rope, context.attention_mask, cache)
+                part = {} if heads is None else {"heads": heads}
+                x = x + inner(h, context.rope, context.attention_mask, cache, **part)
                 continue
-            out: FFNOutput = inner(h, carry, context.mask)
+            part = {} if width is None else {"width": width}
+            out: FFNOutput = inner(h, carry, context.mask, **part)
             x = x + out.y
             carry = carry if out.carry is None else out.carry
             losses.update(out.losses or {})

@@ -1,6 +1,6 @@
 """A decoder-only language model whose FFNs come from the catalogue, layer by layer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 from layers.base import Cost, WeightCost, total
 from layers.linear import Linear
 from layers.names import check_positive
+from layers.norm import RMSNorm
 from layers.replay import checkpoint_contexts
 from zoo.attention import Attention, rope_tables
 from zoo.block import Block, BlockOutput, Branch, Context
 from zoo.cache import KVCache
 from zoo.model_config import ModelConfig
-from zoo.norm import RMSNorm
 from zoo.pools import build_pools, draw_pools, pools_cost
 from zoo.precision import set_precision
 from zoo.pretrained import Pretrained
@@ -73,7 +73,13 @@ class LanguageModel(nn.Module, Pretrained):
             draw_pools(self.config.layers(), [block.get_submodule("ffn") for block in self.blocks])
 
     def forward(
-        self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        widths: Sequence[int | None] | None = None,
+        heads: Sequence[int | None] | None = None,
     ) -> ModelOutput:
         """Logits of the next token at every position.
 
@@ -83,20 +89,25 @@ class LanguageModel(nn.Module, Pretrained):
                 changes no real token's logits, no loss and no count.
             cache: from `new_cache`; tokens are then the newest, after those that it holds. Only
                 without gradients.
+            widths: for each layer, how many of its FFN's first hidden numbers run; None there, or
+                here: all. Only nested FFNs (matformer) run in part.
+            heads: for each layer, how many of its first attention heads run.
 
         Raises:
-            ValueError: for a wrong shape, or more tokens than `max_seq_len` or the cache hold.
+            ValueError: for a wrong shape, more tokens than `max_seq_len` or the cache hold, or a
+                part of a layer that does not run in part.
         """
         self._check(tokens, mask, cache)
+        parts = list(zip(self._parts("widths", widths), self._parts("heads", heads), strict=True))
         context = self._context(tokens, mask, cache)
         x, carry = self.embedding(tokens), None
         outputs: list[BlockOutput] = []
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                out = _recomputed(block, x, carry, context)
+                out = _recomputed(block, x, carry, context, None, *parts[i])
             else:
-                out = block(x, carry, context, layer_cache)
+                out = block(x, carry, context, layer_cache, *parts[i])
             assert isinstance(out, BlockOutput)
             x, carry = out.x, out.carry
             outputs.append(out)
@@ -123,6 +134,20 @@ class LanguageModel(nn.Module, Pretrained):
             mask=mask,
             attention_mask=_attention_mask(seen, start, length, device),
         )
+
+    def _parts(self, name: str, given: Sequence[int | None] | None) -> Sequence[int | None]:
+        """One entry a layer."""
+        n = self.config.n_layers
+        if given is None:
+            return (None,) * n
+        if len(given) != n:
+            raise ValueError(f"{name} must have one entry for each of {n} layers, got {len(given)}")
+        if name == "widths":
+            for i, (block, width) in enumerate(zip(self.blocks, given, strict=True)):
+                if width is not None and not getattr(block.ffn, "nested", False):
+                    kind = type(block.ffn).__name__
+                    raise ValueError(f"layer {i}: {kind} is not nested, it has no width {width}")
+        return given
 
     def _check(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> None:
         if tokens.ndim != 2:
