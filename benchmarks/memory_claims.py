@@ -37,8 +37,8 @@ N_LAYERS = 4
 SWEEP_SEED = 100  # of the learning rates; never reported
 TASKS: dict[str, dict[str, Any]] = {
     "text": {"corpus": "classics7", "seq_len": 128, "batch_size": 8},
-    "recall": {"task": {"name": "recall", "n_pairs": 16, "n_queries": 16, "vocab": 128},
-               "seq_len": 63, "batch_size": 16},
+    "recall": {"task": {"name": "recall", "n_pairs": 4, "n_queries": 4, "vocab": 32},
+               "seq_len": 15, "batch_size": 64},
     "copy": {"task": {"name": "copy", "length": 120, "vocab": 128}, "seq_len": 240,
              "batch_size": 4},
     "facts": {"task": {"name": "facts", "n_facts": 8192, "key_len": 3, "vocab": 128},
