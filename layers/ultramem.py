@@ -1,11 +1,10 @@
 """UltraMem: a memory found by Tucker-decomposed keys (arXiv:2411.12364; memory.md 5)."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor, nn
 
-from layers.base import Cost, FFNOutput
+from layers.base import FFNOutput
 from layers.memory import (
     ExpansionConfig,
     Memory,
@@ -17,9 +16,9 @@ from layers.memory import (
     TuckerKeysConfig,
     Window,
 )
-from layers.memory.beside import Split, split
+from layers.memory.beside import BesideConfig
 from layers.names import check_choice, check_positive
-from layers.swiglu import SwiGLU, SwiGLUConfig, default_d_ff
+from layers.swiglu import SwiGLU
 
 PRESETS: dict[str, dict[str, object]] = {
     "paper": {"n_keys": 808, "top_k": 80, "init": "paper"},
@@ -29,18 +28,14 @@ INITS = ("paper", "release")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UltraMemConfig:
+class UltraMemConfig(BesideConfig):
     """Sizes and options of UltraMem; as small as a laptop likes, see the presets."""
 
-    d_model: int
-    d_ff: int | None = None  # the layer costs the FLOPs of a swiglu so wide; None: as swiglu
-    memory_share: float | None = None  # of these FLOPs, for the memory; None: 0.17
     n_keys: int = 64  # n_keys^2 rows in the table
     expand: int = 2  # expand^2 virtual copies of a row, and so `expand` times the keys a side
     heads: int = 2
     top_k: int = 16  # slots that a head reads
     sub_top_k: int | None = None  # keys a side that a head looks at; None: top_k
-    d_key: int | None = None  # of one side; None: what memory_share allows
     d_value: int | None = None  # width of a value; None: 1/8 d_model (paper: 1/2)
     rank: int = 2
     n_cores: int = 2  # blocks of a value, each with a score of its own
@@ -63,26 +58,8 @@ class UltraMemConfig:
             return max(round(self.d_model / 8 / self.n_cores), 1) * self.n_cores
         return self.d_value
 
-    @cached_property
-    def widths(self) -> Split:
-        """Hidden width of the FFN, width of a key."""
-        d_ff = default_d_ff(self.d_model) if self.d_ff is None else self.d_ff
-        return split(
-            self.d_model, d_ff, self.memory_share, self.d_key,
-            lambda d_key: self._parts(d_key).cost().flops,
-        )  # fmt: skip
-
-    @property
-    def ffn(self) -> SwiGLUConfig:
-        """The FFN that it stands beside."""
-        return SwiGLUConfig(d_model=self.d_model, d_ff=self.widths.d_ffn)
-
-    @property
-    def parts(self) -> MemoryConfig:
-        """The memory that it is."""
-        return self._parts(self.widths.d_key)
-
-    def _parts(self, d_key: int) -> MemoryConfig:
+    def memory(self, d_key: int) -> MemoryConfig:
+        """The memory with keys of that width."""
         d, copies, rows = self.d_model, self.expand**2, self.n_keys**2
         keys = TuckerKeysConfig(
             heads=self.heads, n_keys=self.expand * self.n_keys, d_key=d_key, top_k=self.top_k,
@@ -103,10 +80,6 @@ class UltraMemConfig:
             expansion=ExpansionConfig(copies=copies, window=Window(0, rows, rows)),
             owner=self.pool,
         )
-
-    def cost(self) -> Cost:
-        """One token's cost."""
-        return self.ffn.cost().within("ffn.") + self.parts.cost().within("memory.")
 
 
 class UltraMem(nn.Module):

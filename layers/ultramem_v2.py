@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from layers.base import Cost, FFNOutput
+from layers.base import FFNOutput
 from layers.memory import (
     ExpansionConfig,
     Memory,
@@ -19,9 +18,9 @@ from layers.memory import (
     TuckerKeysConfig,
     Window,
 )
-from layers.memory.beside import Split, split
+from layers.memory.beside import BesideConfig
 from layers.names import check_choice, check_positive
-from layers.swiglu import SwiGLU, SwiGLUConfig, default_d_ff
+from layers.swiglu import SwiGLU
 
 PRESETS: dict[str, dict[str, object]] = {
     "paper": {"init": "paper", "n_keys": 360},
@@ -33,18 +32,14 @@ PROBES = 128  # random queries that calibrate the scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class UltraMemV2Config:
+class UltraMemV2Config(BesideConfig):
     """Sizes and options of UltraMemV2; as small as a laptop likes, see the presets."""
 
-    d_model: int
-    d_ff: int | None = None  # the layer costs the FLOPs of a swiglu so wide; None: as swiglu
-    memory_share: float | None = None  # of these FLOPs, for the memory; None: 0.17
     n_keys: int = 128  # n_keys^2 rows in one table
     expand: int = 2  # expand^2 virtual copies of a row, and so `expand` times the keys a side
     heads: int = 1
     top_k: int = 32  # slots that a head reads
     sub_top_k: int | None = None  # keys a side that a head looks at; None: top_k, at most 128
-    d_key: int | None = None  # of one side and rank; None: what memory_share allows
     d_value: int | None = None  # width of a neuron's output; None: 3/16 d_model
     d_input: int | None = None  # width of a neuron's input; None: 1/16 d_model
     rank: int = 2
@@ -92,26 +87,8 @@ class UltraMemV2Config:
         side = math.isqrt(math.floor(self.share * n_rows))
         return Window(self.table * own, max(side, 1) ** 2, n_rows)
 
-    @cached_property
-    def widths(self) -> Split:
-        """Hidden width of the FFN, width of a key."""
-        d_ff = default_d_ff(self.d_model) if self.d_ff is None else self.d_ff
-        return split(
-            self.d_model, d_ff, self.memory_share, self.d_key,
-            lambda d_key: self._parts(d_key).cost().flops,
-        )  # fmt: skip
-
-    @property
-    def ffn(self) -> SwiGLUConfig:
-        """The FFN that it stands beside."""
-        return SwiGLUConfig(d_model=self.d_model, d_ff=self.widths.d_ffn)
-
-    @property
-    def parts(self) -> MemoryConfig:
-        """The memory that it is."""
-        return self._parts(self.widths.d_key)
-
-    def _parts(self, d_key: int) -> MemoryConfig:
+    def memory(self, d_key: int) -> MemoryConfig:
+        """The memory with keys of that width."""
         d, copies = self.d_model, self.expand**2
         n_keys = self.expand * math.isqrt(self.window.visible)
         sub = self.sub_top_k
@@ -136,10 +113,6 @@ class UltraMemV2Config:
             query=query, keys=keys, pool=pool, readout=readout, owner=self.pool,
             expansion=ExpansionConfig(copies=copies, window=self.window),
         )  # fmt: skip
-
-    def cost(self) -> Cost:
-        """One token's cost."""
-        return self.ffn.cost().within("ffn.") + self.parts.cost().within("memory.")
 
 
 class UltraMemV2(nn.Module):

@@ -1,9 +1,15 @@
 """A memory beside an FFN in the same layer: how their FLOPs are shared out (memory.md 6.5)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+from layers.base import Cost
+from layers.memory.core import MemoryConfig
 from layers.names import check_positive
+from layers.swiglu import SwiGLUConfig, default_d_ff
 
 MEMORY_SHARE = 0.17  # of a layer's FLOPs: the best of UltraMemV2's paper (memory.md 6.5)
 
@@ -13,6 +19,43 @@ class Split(NamedTuple):
 
     d_ffn: int  # hidden width of the FFN, a swiglu
     d_key: int  # of the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class BesideConfig(ABC):
+    """What a layer of an FFN and a memory settles, whatever the memory."""
+
+    d_model: int
+    d_ff: int | None = None  # the layer costs the FLOPs of a swiglu so wide; None: as swiglu
+    memory_share: float | None = None  # of these FLOPs, for the memory; None: 0.17
+    d_key: int | None = None  # of a key of one side; None: what memory_share allows
+
+    @abstractmethod
+    def memory(self, d_key: int) -> MemoryConfig:
+        """The memory with keys of that width."""
+
+    @cached_property
+    def widths(self) -> Split:
+        """Hidden width of the FFN, width of a key."""
+        d_ff = default_d_ff(self.d_model) if self.d_ff is None else self.d_ff
+        return split(
+            self.d_model, d_ff, self.memory_share, self.d_key,
+            lambda d_key: self.memory(d_key).cost().flops,
+        )  # fmt: skip
+
+    @property
+    def ffn(self) -> SwiGLUConfig:
+        """The FFN that it stands beside."""
+        return SwiGLUConfig(d_model=self.d_model, d_ff=self.widths.d_ffn)
+
+    @property
+    def parts(self) -> MemoryConfig:
+        """The memory that it is."""
+        return self.memory(self.widths.d_key)
+
+    def cost(self) -> Cost:
+        """One token's cost."""
+        return self.ffn.cost().within("ffn.") + self.parts.cost().within("memory.")
 
 
 def split(
