@@ -18,6 +18,7 @@ from layers.grouped import BACKENDS, matmul_dtype
 from layers.linear import ExpertLinear
 from layers.mlp import ACTIVATION_FLOPS, ACTIVATIONS
 from layers.names import check_choice, check_positive
+from layers.prefix import WHOLE, Prefixes, prefixes
 from layers.swiglu import GATE_FLOPS, GATES, default_d_ff, glu
 
 Weighs = Literal["output", "input"]  # what a choice's weight multiplies
@@ -46,6 +47,10 @@ class ExpertsConfig:
         check_positive(d_model=self.d_model, d_expert=self.d_expert, n_experts=self.n_experts)
         kind, known = ("gated", GATES) if self.gated else ("ungated", ACTIVATIONS)
         check_choice(f"activation of {kind} experts", self.activation, known)
+
+    def parts(self, width: int | None) -> Prefixes:
+        """What the first `width` hidden numbers of every expert take of both leaves. None: all."""
+        return prefixes(width, self.d_expert, groups=2 if self.gated else 1)
 
     def cost(self, active: float = 1.0) -> Cost:
         """One token's cost where `active` experts run for it, the mixing weights included."""
@@ -114,6 +119,7 @@ class Experts(nn.Module):
         keep: Tensor | None = None,
         weighs: Weighs = "output",
         capacity: int | None = None,
+        width: int | None = None,
     ) -> Tensor:
         """The sum over a token's choices of weight * expert(x), or of expert(weight * x) (Llama 4).
 
@@ -128,23 +134,25 @@ class Experts(nn.Module):
             weighs: what a weight multiplies.
             capacity: C, read by the backend of that name: the most rows of one expert. `keep` must
                 hold to it: a choice beyond is left out.
+            width: of every expert the first so many hidden numbers alone; None: all.
 
         Returns:
             [T, D] in the experts' compute dtype; 0 for a token without an expert.
 
         Raises:
-            ValueError: for the backend "capacity" without one.
+            ValueError: for the backend "capacity" without one, a width that the experts lack.
         """
+        parts = self.config.parts(width)
         if is_decoding(tokens):
-            return self._run_one(tokens, routed, weights, keep, weighs)
+            return self._run_one(tokens, routed, weights, keep, weighs, parts)
         backend, tokens = self.config.backend, cast_once(tokens, self.inner)
         plan = self._plan(tokens, routed, keep, capacity)
         rows, of_row = plan.spread(tokens), plan.of_rows(weights)  # [N, D], [N, 1]
         if weighs == "input":
             rows, of_row = rows * of_row.to(rows.dtype), None
-        inner = plan.emptied(self.inner(rows, plan.counts, backend=backend))
-        h = self._body(inner, of_row)  # [N, F]
-        return plan.collect(self.down(h, plan.counts, of_row, backend))
+        inner = self.inner(rows, plan.counts, backend=backend, part=parts.inner)
+        h = self._body(plan.emptied(inner), of_row)  # [N, F]
+        return plan.collect(self.down(h, plan.counts, of_row, backend, parts.down))
 
     def _plan(
         self, tokens: Tensor, routed: Tensor, keep: Tensor | None, capacity: int | None
@@ -170,14 +178,15 @@ class Experts(nn.Module):
         return h if weights is None else h * weights.to(h.dtype)
 
     def _run_one(
-        self, token: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, weighs: Weighs
-    ) -> Tensor:
+        self, token: Tensor, routed: Tensor, weights: Tensor, keep: Tensor | None, weighs: Weighs,
+        parts: Prefixes,
+    ) -> Tensor:  # fmt: skip
         """`forward` for a single token: no plan, one matrix-vector product for each choice.
 
         One native call where the leaves only cast; in torch ops else.
         """
         c, inner, down = self.config, self.inner, self.down
-        plain = c.gated and not c.bias and weighs == "output"
+        plain = c.gated and not c.bias and weighs == "output" and parts == WHOLE
         computes = native_dtypes(token, inner, down, c.activation) if plain else None
         if computes is not None:
             return run_token(
@@ -192,13 +201,14 @@ class Experts(nn.Module):
         of_bias = torch.ones_like(of_choice) if weighs == "input" else of_choice
         if weighs == "input":
             inputs = token * of_choice.to(token.dtype)  # [K, D]
-            rows = [inner.one(inputs[i : i + 1], e) for i, e in enumerate(chosen)]
+            rows = [inner.one(inputs[i : i + 1], e, part=parts.inner) for i, e in enumerate(chosen)]
             h = self._body(torch.cat(rows))
         else:
-            h = self._body(torch.cat([inner.one(token, e) for e in chosen]), of_choice)  # [K, F]
-        y = down.one(h[:1], chosen[0], of_bias[:1])
+            rows = [inner.one(token, e, part=parts.inner) for e in chosen]
+            h = self._body(torch.cat(rows), of_choice)  # [K, F]
+        y = down.one(h[:1], chosen[0], of_bias[:1], parts.down)
         for i, e in enumerate(chosen[1:], start=1):
-            y = y + down.one(h[i : i + 1], e, of_bias[i : i + 1])
+            y = y + down.one(h[i : i + 1], e, of_bias[i : i + 1], parts.down)
         return y
 
 

@@ -189,7 +189,9 @@ def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tensor:
     if how == "batched":
         return gathered_mm(x, w, counts)
     if how == "grouped":
-        return F.grouped_mm(x.contiguous(), w.to(x.dtype).transpose(-2, -1), offs=_ends(counts))
+        return F.grouped_mm(
+            x.contiguous(), w.to(x.dtype).contiguous().transpose(-2, -1), offs=_ends(counts)
+        )
     return _loop(x, w, counts, x.new_empty(x.shape[0], w.shape[1]), transposed=True)
 
 
@@ -201,7 +203,7 @@ def _grouped_mm_dx(dy: Tensor, w: Tensor, counts: Tensor, backend: str) -> Tenso
     if how == "batched":
         return gathered_mm_dx(dy, w, counts)
     if how == "grouped":
-        return F.grouped_mm(dy.contiguous(), w.to(dy.dtype), offs=_ends(counts))
+        return F.grouped_mm(dy.contiguous(), w.to(dy.dtype).contiguous(), offs=_ends(counts))
     return _loop(dy, w, counts, dy.new_empty(dy.shape[0], w.shape[2]), transposed=False)
 
 

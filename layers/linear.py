@@ -10,6 +10,7 @@ from layers.batched import expert_of_rows
 from layers.matmul import expert_linear, linear, lookup
 from layers.names import check_positive
 from layers.precision.leaf import Leaf
+from layers.prefix import Prefix
 
 if TYPE_CHECKING:
     from layers.posttraining.correction import Correction
@@ -36,12 +37,17 @@ class Linear(Leaf):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in]. Returns [..., out], in the policy's compute dtype (else the input's)."""
-        c = self.correction
+    def forward(self, x: Tensor, part: Prefix | None = None) -> Tensor:
+        """x: [..., in]. Returns [..., out], in the policy's compute dtype (else the input's).
+
+        part: the rows and columns that run, as a leaf of these alone would; None: all.
+        """
+        w, bias, c = self.weight, self.bias, self.correction
+        if part is not None:
+            w, bias = _cut(part, w, bias, c)
         if c is None:
-            return linear(x, self.weight, self.bias, self)
-        return c.corrected(linear(c.shifted(x), self.weight, self.bias, self), x)
+            return linear(x, w, bias, self)
+        return c.corrected(linear(c.shifted(x), w, bias, self), x)
 
     def extra_repr(self) -> str:
         d_out, d_in = self.weight.shape
@@ -70,36 +76,52 @@ class ExpertLinear(Leaf):
             nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, counts: Tensor, bias_weights: Tensor | None = None, backend: str = "auto"
+        self,
+        x: Tensor,
+        counts: Tensor,
+        bias_weights: Tensor | None = None,
+        backend: str = "auto",
+        part: Prefix | None = None,
     ) -> Tensor:
         """Each row times its expert's matrix.
 
         x: [N, in], rows sorted by expert; counts: [E] int64, rows of each; bias_weights: [N, 1],
         what multiplies the bias of each row, None: 1; backend: how the products run, a row of
-        `layers.grouped.BACKENDS`. Returns [N, out].
+        `layers.grouped.BACKENDS`; part: as `Linear`'s, of every matrix. Returns [N, out].
         """
-        c = self.correction
+        w, bias, c = self.weight, self.bias, self.correction
+        if part is not None:
+            w, bias = _cut(part, w, bias, c)
         if c is None:
-            y = expert_linear(x, self.weight, counts, self, backend)
+            y = expert_linear(x, w, counts, self, backend)
         else:
             y = c.corrected(
-                expert_linear(c.shifted(x, counts), self.weight, counts, self, backend), x, counts
+                expert_linear(c.shifted(x, counts), w, counts, self, backend), x, counts
             )
-        if self.bias is None:
+        if bias is None:
             return y
-        bias = F.embedding(expert_of_rows(counts, y.shape[0]), self.bias)
+        bias = F.embedding(expert_of_rows(counts, y.shape[0]), bias)
         return y + (bias if bias_weights is None else bias * bias_weights).to(y.dtype)
 
-    def one(self, x: Tensor, expert: int, bias_weights: Tensor | None = None) -> Tensor:
+    def one(
+        self,
+        x: Tensor,
+        expert: int,
+        bias_weights: Tensor | None = None,
+        part: Prefix | None = None,
+    ) -> Tensor:
         """Rows of one expert. x: [N, in]; bias_weights: [N, 1]. Returns [N, out]."""
-        if self.correction is None:
-            y = linear(x, self.weight[expert], None, self, expert)
+        w = self.weight[expert]
+        bias = None if self.bias is None else self.bias[expert]
+        c = None if self.correction is None else self.correction.of(expert)
+        if part is not None:
+            w, bias = _cut(part, w, bias, c)
+        if c is None:
+            y = linear(x, w, None, self, expert)
         else:
-            c = self.correction.of(expert)
-            y = c.corrected(linear(c.shifted(x), self.weight[expert], None, self, expert), x)
-        if self.bias is None:
+            y = c.corrected(linear(c.shifted(x), w, None, self, expert), x)
+        if bias is None:
             return y
-        bias = self.bias[expert]
         return y + (bias if bias_weights is None else bias * bias_weights).to(y.dtype)
 
     def weight_sets(self) -> int:
@@ -142,6 +164,18 @@ class ValueTable(Leaf):
     def extra_repr(self) -> str:
         n_rows, d_out = self.weight.shape
         return f"{n_rows}, {d_out}, role={self.role!r}"
+
+
+def _cut(
+    part: Prefix, w: Tensor, bias: Tensor | None, correction: "Correction | None"
+) -> tuple[Tensor, Tensor | None]:
+    """The rows and columns of a weight that run, and their biases."""
+    if correction is not None:
+        raise ValueError(
+            "a weight with a correction (pre-shift, low-rank factors) does not run in part: "
+            "extract the narrower model, then quantise that"
+        )
+    return part.of_weight(w), None if bias is None else part.of_rows(bias)
 
 
 def fan_in_std(weight: Tensor) -> float:

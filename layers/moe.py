@@ -6,7 +6,7 @@ Shared experts, which every token visits, are those of DeepSeekMoE (arXiv:2401.0
 a gate they are Qwen2-MoE's (arXiv:2407.10671, released code).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from layers.dispatch import count_experts, is_decoding
 from layers.experts import Experts, ExpertsConfig, default_d_expert
 from layers.linear import Linear
 from layers.names import check_positive
+from layers.prefix import default_widths
 from layers.swiglu import SwiGLU, SwiGLUConfig
 
 
@@ -104,13 +105,22 @@ class MoEConfig:
         slots = (factor * self.top_k / self.n_experts,) * self.n_experts
         return Capacity(slots=slots, pool=self.capacity_pool, priority=self.priority)
 
-    def cost(self, assignments: float | None = None) -> Cost:
+    @property
+    def granularities(self) -> tuple[int, ...]:
+        """Widths of an expert that nested training takes; none where shared experts are one FFN."""
+        return () if self.n_shared else default_widths(self.hidden)
+
+    def cost(self, assignments: float | None = None, width: int | None = None) -> Cost:
         """One token's cost; the router counts its own.
 
         Args:
             assignments: routed experts that run for a token, as measured, where a router or a
                 capacity leaves some out; None: top_k, which ReMoE aims at and the others choose.
+            width: of the mixture whose experts are the first so many hidden numbers of these.
         """
+        if width is not None:
+            self.experts.parts(width)  # its own checks
+            return replace(self, d_expert=width).cost(assignments)
         active = self.top_k if assignments is None else assignments
         return self.experts.cost(active).within("experts.") + self._shared_cost()
 
@@ -196,11 +206,25 @@ class MoE(nn.Module):
         self.shared = SwiGLU(c.shared) if c.shared else None
         self.shared_gate = Linear(c.d_model, 1, role="router") if c.shared_gate else None
 
+    @property
+    def nested(self) -> bool:
+        """Whether forward takes a width of the experts: shared ones are one FFN and have none."""
+        return self.shared is None
+
     def forward(
-        self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        carry: Tensor | None = None,
+        mask: Tensor | None = None,
+        width: int | None = None,
     ) -> FFNOutput:
-        """x: [B, S, D]; carry: [B, S, E'] for routers that read it; mask: [B, S] bool."""
+        """Every chosen expert on x, or its first `width` hidden numbers alone (MatFormer).
+
+        x: [B, S, D]; carry: [B, S, E'] for routers that read it; mask: [B, S] bool.
+        """
         c = self.config
+        if width is not None and not self.nested:
+            raise ValueError(f"shared experts have no width of their own, so no width {width}")
         tokens, carry, mask = flatten_inputs(x, carry, mask)
         routing, chosen = route(self.router, tokens, carry, mask, x.shape[0])
         check_routing(routing, c.n_experts)
@@ -210,7 +234,7 @@ class MoE(nn.Module):
             keep = capacity.keep(routing, chosen, mask, x.shape[0])
             rows = capacity.most_rows(c.n_experts, len(tokens), x.shape[0])
         weighs = "input" if getattr(self.router, "weights_input", False) else "output"
-        y = self.experts(tokens, routing.experts, routing.weights, keep, weighs, rows)
+        y = self.experts(tokens, routing.experts, routing.weights, keep, weighs, rows, width)
         y = y.view_as(x)
         if self.shared is not None:
             y = y + self._shared(tokens.view_as(x))

@@ -1,6 +1,7 @@
 """What there is: the FFN variants and the routers, one row each."""
 
 from layers import memory_plus, peer, pkm, ultramem, ultramem_v2
+from layers.matformer import MatFormer, MatFormerConfig
 from layers.memory_plus import MemoryPlus, MemoryPlusConfig
 from layers.mlp import MLP, MLPConfig
 from layers.moe import MoE, MoEConfig
@@ -12,6 +13,7 @@ from layers.spt_ffn import SPTFFN, SPTFFNConfig
 from layers.swiglu import SwiGLU, SwiGLUConfig
 from layers.ultramem import UltraMem, UltraMemConfig
 from layers.ultramem_v2 import UltraMemV2, UltraMemV2Config
+from layers.versatile_ffn import VersatileFFN, VersatileFFNConfig
 from routers import deepseek_v2, deepseek_v3, longcat, top_k
 from routers.deepseek_v2 import DeepSeekV2Router, DeepSeekV2RouterConfig
 from routers.deepseek_v3 import DeepSeekV3Router, DeepSeekV3RouterConfig
@@ -51,6 +53,13 @@ FFNS = (
         },
     ),
     Entry(
+        name="matformer", module=MatFormer, config=MatFormerConfig, width="d_ff",
+        summary="nested FFN: its first so many hidden numbers are FFNs of their own",
+        paper="arXiv:2310.07707",
+        tiny={"d_model": 32, "d_ff": 64},
+        presets={"gated": {"gated": True}},
+    ),
+    Entry(
         name="moe", module=MoE, config=MoEConfig, width="d_expert", router="top_k",
         summary="top-k mixture of gated experts, drops no token, shared experts as an option",
         paper="arXiv:1701.06538", aliases=("moe_swiglu",),
@@ -83,6 +92,13 @@ FFNS = (
         summary="dense FFN of which a token runs some blocks, low-rank factors as an option",
         paper="arXiv:2312.10365",
         tiny={"d_model": 32, "d_ff": 128, "n_experts": 4, "top_k": 2},
+    ),
+    Entry(
+        name="versatile_ffn", module=VersatileFFN, config=VersatileFFNConfig, width="d_ff",
+        router={"name": "top_k", "init": "truncated"}, own_norm=True,
+        summary="one FFN as virtual experts in width and as a loop in depth, by difficulty",
+        paper="arXiv:2512.14531", aliases=("versatile",),
+        tiny={"d_model": 32, "d_ff": 64, "n_experts": 4, "top_k": 2, "max_loops": 3},
     ),
     Entry(
         name="pkm", module=PKM, config=PKMConfig, width="d_key",
