@@ -1,28 +1,19 @@
 """Run what a comparison lacks, one process a run, and write its results and report."""
 
 import math
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from recipes import load, record
 from recipes.names import precision_label
-from recipes.planning import LR, Plan, PlannedRun, rate
+from recipes.planned import RunFailed, ensure
+from recipes.planning import LR, Plan, rate
 from recipes.report.export import results_csv
 from recipes.report.page import write_report
 from recipes.report.records import SCHEMA, read_results
 from recipes.report.study import study
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class RunFailed(ValueError):
-    """A run ended without a result; the message is one line."""
 
 
 def compare(plan: Plan, *, child_stdout: int | None = None) -> Path:
@@ -52,7 +43,7 @@ def compare(plan: Plan, *, child_stdout: int | None = None) -> Path:
         for number, run in enumerate(plan.runs, start=1):
             count = f"[{number}/{len(plan.runs)}]"
             try:
-                _ensure(run, out / "runs" / run.id, count, child_stdout)
+                ensure(run, out / "runs" / run.id, count, child_stdout)
             except RunFailed as failure:
                 failures[run.id] = str(failure)
                 print(f"{count} {run.id}: failed: {failure}", flush=True)
@@ -81,57 +72,6 @@ def _claim(plan: Plan) -> None:
             )
     else:
         record.write_text(path, load.to_yaml(plan.resolved))
-
-
-def _ensure(run: PlannedRun, directory: Path, count: str, stdout: int | None) -> None:
-    """Have a finished run in the directory."""
-    recipe = load.to_plain(run.recipe)
-    done = record.read_result(directory)
-    if done is not None:
-        if done["recipe"] != recipe:
-            differing = ", ".join(load.differences(done["recipe"], recipe))
-            raise ValueError(
-                f"{directory} holds a run of another recipe (differs in {differing}): delete it"
-            )
-        bpb = done["final"]["bpb"]
-        told = "diverged" if bpb is None else f"{bpb:.4f} bits/byte"
-        print(f"{count} {run.id}: kept, {told}", flush=True)
-        return
-    if not (directory / "recipe.yaml").is_file():
-        record.write_text(directory / "recipe.yaml", load.to_yaml(run.recipe))
-    print(f"{count} {run.id}", flush=True)
-    _run_in_process(run, directory, stdout)
-    if record.read_result(directory) is None:
-        raise RunFailed(f"it ended without a result (see {directory / 'stderr.txt'})")
-
-
-def _run_in_process(run: PlannedRun, directory: Path, stdout: int | None) -> None:
-    """Train in a child that ends with this process; its own session keeps Ctrl-C from it."""
-    command = [sys.executable, "-P", "-m", "recipes.worker"]
-    command += [str(directory), run.variant, str(os.getpid())]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    errors = directory / "stderr.txt"
-    with errors.open("wb") as stderr:
-        child = subprocess.Popen(
-            command, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
-        )
-        try:
-            status = child.wait()
-        except BaseException:
-            child.kill()
-            child.wait()
-            raise
-    if status:
-        lines = errors.read_text(errors="replace").strip().splitlines()
-        raise RunFailed(f"{lines[-1] if lines else _ending(status)} (see {errors})")
-
-
-def _ending(status: int) -> str:
-    """How a process ended that said nothing."""
-    if status != -signal.SIGKILL:
-        return f"it ended with status {status}"
-    return "it was killed, as a system does that is out of memory"
 
 
 def _write(plan: Plan, failures: dict[str, str], seconds: float) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from recipes.comparison import (
 )
 from recipes.costing import whole_model_cost
 from recipes.names import precision_label
+from recipes.planned import PlannedRun
 from recipes.report.records import Match
 from recipes.schema import Recipe
 from zoo.budget import measure_of, solve_width
@@ -24,15 +26,6 @@ from zoo.registry import find
 
 MAY_DIFFER = ("model.ffn", "model.router", "model.allow_noncausal", "precision", "seed")
 LR = "optim.lr"  # may differ too where learning rates are tried
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """One run of a comparison."""
-
-    id: str
-    variant: str
-    recipe: Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +64,9 @@ def plan(comparison: Comparison, overrides: Mapping[str, Any] | None = None) -> 
     variants = variants_of(c.variants)
     base = baseline_of(c, variants)
     _check_rates(c, variants, overrides or {})
-    target, solved, matched = _match(c, shared, variants, base)
+    budget = Budget(c, shared, base)
+    met = [budget.met(variant) for variant in variants]
+    solved, matched = [v for v, _ in met], tuple(match for _, match in met)
     runs = [
         _run(shared, variant, precision, seed, lr)
         for seed in c.seeds
@@ -82,58 +77,73 @@ def plan(comparison: Comparison, overrides: Mapping[str, Any] | None = None) -> 
     baseline = (solved[variants.index(base)], baseline_precision(c))
     extra = [_run(shared, *baseline, seed, c.baseline.lr) for seed in c.extra_seeds]
     runs = _distinct([*runs, *extra])
-    _check_differences(c, runs)
+    check_differences([*([LR] if c.lrs else []), *c.allow], runs)
     resolved = {**load.to_plain(c), "recipe": _written_out(shared)}
     del resolved["out"]
     if not c.lrs:  # a directory from before there were any stays what it is
         del resolved["lrs"], resolved["baseline"]["lr"]
-    return Plan(comparison=c, resolved=resolved, target=target, matched=matched, runs=runs)
+    return Plan(comparison=c, resolved=resolved, target=budget.target, matched=matched, runs=runs)
 
 
-def _recipe(shared: Mapping[str, Any], variant: Variant, precision: Any, seed: int) -> Recipe:
+def recipe_of(
+    shared: Mapping[str, Any], variant: Variant, precision: Any, seed: int, lr: float | None = None
+) -> Recipe:
+    """The recipe of one run, checked; lr: in place of what is said of the learning rate.
+
+    Raises:
+        ValueError: naming the variant, for whatever no run could use.
+    """
     plain = load.merged(shared, variant.recipe)
     plain["model"] = {**plain["model"], "ffn": variant.ffn}
     try:
-        return load.load({**plain, "precision": precision, "seed": seed})
+        recipe = load.load({**plain, "precision": precision, "seed": seed})
     except ValueError as error:
         raise ValueError(f"{variant.label}: {error}") from None
+    return recipe if lr is None else replace(recipe, optim=replace(recipe.optim, lr=lr))
 
 
-def _match(
-    c: Comparison, shared: Mapping[str, Any], variants: Sequence[Variant], base: Variant
-) -> tuple[float, list[Variant], tuple[Match, ...]]:
-    """The budget, the variants with their widths solved, and how nearly each comes."""
-    read = measure_of("flops" if c.hold == "active_flops" else c.hold)
+@dataclass(frozen=True)
+class Budget:
+    """What is held equal: how it is read off a variant, and how much of it the baseline has."""
 
-    def measure(variant: Variant) -> float:
-        return read(whole_model_cost(_recipe(shared, variant, baseline_precision(c), 0)))
+    comparison: Comparison
+    shared: Mapping[str, Any]
+    base: Variant
 
-    target = measure(base)
-    solved: list[Variant] = []
-    matches: list[Match] = []
-    for variant in variants:
-        entry, width = _width(shared, variant)
-        if variant is not base and entry is not None and width is None:
-            variant, width = _solve(c, variant, entry, measure, target)
-        value = measure(variant)
-        residual = (value - target) / target
+    def measure(self, variant: Variant) -> float:
+        """Of the whole model, per token, in the baseline's precision."""
+        c = self.comparison
+        read = measure_of("flops" if c.hold == "active_flops" else c.hold)
+        recipe = recipe_of(self.shared, variant, baseline_precision(c), 0)
+        return read(whole_model_cost(recipe))
+
+    @cached_property
+    def target(self) -> float:
+        """The baseline's."""
+        return self.measure(self.base)
+
+    def met(self, variant: Variant) -> tuple[Variant, Match]:
+        """The variant with its width solved, and how nearly it comes.
+
+        Raises:
+            ValueError: when it comes no nearer than the tolerance.
+        """
+        c = self.comparison
+        entry, width = _width(self.shared, variant)
+        if variant is not self.base and entry is not None and width is None:
+            variant, width = _solve(c, variant, entry, self.measure, self.target)
+        value = self.measure(variant)
+        residual = (value - self.target) / self.target
         if abs(residual) > c.tolerance:
             raise ValueError(
                 f"{variant.label}: {c.hold} is {value:.6g}, {residual:+.1%} from the baseline's "
-                f"{target:.6g}: leave {entry or 'its width'} out to have it solved, or allow a "
-                f"larger tolerance than {c.tolerance}"
+                f"{self.target:.6g}: leave {entry or 'its width'} out to have it solved, or allow "
+                f"a larger tolerance than {c.tolerance}"
             )
-        solved.append(variant)
-        matches.append(
-            Match(
-                variant=variant.label,
-                width_field=entry,
-                width=width,
-                value=value,
-                residual=residual,
-            )
+        label = variant.label
+        return variant, Match(
+            variant=label, width_field=entry, width=width, value=value, residual=residual
         )
-    return target, solved, tuple(matches)
 
 
 def _width(shared: Mapping[str, Any], variant: Variant) -> tuple[str | None, int | None]:
@@ -167,9 +177,7 @@ def _solve(
 def _run(
     shared: Mapping[str, Any], variant: Variant, precision: Any, seed: int, lr: float | None
 ) -> PlannedRun:
-    recipe = _recipe(shared, variant, precision, seed)
-    if lr is not None:
-        recipe = replace(recipe, optim=replace(recipe.optim, lr=lr))
+    recipe = recipe_of(shared, variant, precision, seed, lr)
     run_id = "-".join([variant.label, precision_label(precision), *rate(lr), f"s{seed}"])
     return PlannedRun(id=run_id, variant=variant.label, recipe=recipe)
 
@@ -196,9 +204,9 @@ def _check_rates(c: Comparison, variants: Sequence[Variant], overrides: Mapping[
             raise ValueError(f"comparison: {who} must leave optim.lr to lrs={c.lrs}")
 
 
-def _check_differences(c: Comparison, runs: Sequence[PlannedRun]) -> None:
-    """Raise where recipes differ outside the allow-list."""
-    allowed = (*MAY_DIFFER, *([LR] if c.lrs else []), *c.allow)
+def check_differences(allow: Sequence[str], runs: Sequence[PlannedRun]) -> None:
+    """Raise where recipes differ outside what any comparison allows and `allow` adds."""
+    allowed = (*MAY_DIFFER, *allow)
     first = load.to_plain(runs[0].recipe)
     for run in runs[1:]:
         offending = [

@@ -15,7 +15,7 @@ from recipe_toys import TINY, refused, tiny_recipe
 from torch.testing import assert_close
 
 from recipes import compare as comparing
-from recipes import load, record, show
+from recipes import load, planned, record, show
 from recipes.batches import Batch
 from recipes.comparison import Comparison, read_comparison
 from recipes.planning import plan
@@ -338,7 +338,7 @@ def test_two_rates_of_one_cell_are_told_apart_side_by_side(tmp_path):
 def test_a_grid_goes_on_over_what_diverges_or_fails(tmp_path, monkeypatch, capsys):
     lrs = [1e-2, 1e30]
     settled = plan(asked(lrs=lrs, precisions=["bf16", "fp32"], out=str(tmp_path)))
-    monkeypatch.setattr(comparing, "_run_in_process", in_this_process)
+    monkeypatch.setattr(planned, "_run_in_process", in_this_process)
     comparing.compare(settled)
     read = read_results(tmp_path)
     assert {run.id: run.diverged for run in read.runs} == {
@@ -362,7 +362,7 @@ def test_a_grid_goes_on_over_what_diverges_or_fails(tmp_path, monkeypatch, capsy
 def in_this_process(run, directory, stdout):
     """As the worker does it, but for one run."""
     if run.id == "swiglu-fp32-lr0.01-s0":
-        raise comparing.RunFailed("out of memory")
+        raise planned.RunFailed("out of memory")
     train(run.recipe, directory, variant=run.variant, run_id=directory.name)
 
 
