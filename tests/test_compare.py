@@ -171,7 +171,7 @@ def test_killed_and_started_again_ends_alike(tmp_path):
         compare(plan(other))
 
 
-def wait_until(true, seconds=60.0):
+def wait_until(true, seconds=400.0):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
