@@ -1,0 +1,121 @@
+"""The best size for each compute budget, and how it grows (arXiv:2203.15556, app. 3.2)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from recipes.statistics.bootstrap import (
+    DRAWS,
+    Array,
+    Interval,
+    percentile_interval,
+    perturb,
+    resample,
+)
+from recipes.statistics.parabola import vertex
+from recipes.statistics.scaling import Runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The best size at one compute budget, from a parabola in ln N."""
+
+    compute: float
+    size: float  # NaN where the parabola has no lowest point
+    loss: float  # there
+    place: Literal["interior", "below", "above"]  # where the optimum lies to the sizes tried
+    size_interval: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsoFlop:
+    """N* = coefficient * C^exponent through the optima of several budgets."""
+
+    budgets: tuple[Budget, ...]  # by compute
+    exponent: float
+    log_coefficient: float
+    exponent_interval: Interval
+
+    def size(self, compute: float) -> float:
+        """The best size for a compute budget, on the line."""
+        return float(np.exp(self.log_coefficient + self.exponent * np.log(compute)))
+
+    @property
+    def interior(self) -> bool:
+        """Whether every budget was tried with sizes on both sides of its optimum."""
+        return all(b.place == "interior" for b in self.budgets)
+
+
+def isoflop(
+    budgets: Mapping[float, Runs], *, draws: int = DRAWS, seed: int = 0, sigma: float | None = None
+) -> IsoFlop:
+    """Optima per budget and the line through them, with 95 % intervals.
+
+    Args:
+        budgets: by compute, two or more; x is the parameters, three sizes at least.
+        draws, seed: of the bootstrap.
+        sigma: the noise of one run, added to each; None: runs are drawn with replacement within
+            their budget, which needs several per size or many sizes.
+    """
+    if len(budgets) < 2:
+        raise ValueError(f"a line needs two budgets at least, got {len(budgets)}")
+    points, drawn = [], []
+    for i, (compute, runs) in enumerate(sorted(budgets.items())):
+        sizes = np.unique(runs.x)
+        if len(sizes) < 3:
+            raise ValueError(f"budget {compute:g} needs three sizes at least, got {len(sizes)}")
+        logs = np.log(runs.x)
+        found = vertex(logs, runs.loss)
+        many = _vertices(logs, runs, draws, seed + i, sigma)
+        points.append(
+            Budget(
+                compute=compute,
+                size=float(np.exp(found.at)),
+                loss=float(found.low),
+                place=_place(runs, float(found.at)),
+                size_interval=percentile_interval(np.exp(many)),
+            )
+        )
+        drawn.append(many)
+    x = np.log([b.compute for b in points])
+    exponent, coefficient = _line(x, np.log([[b.size for b in points]]))
+    exponents, _ = _line(x, np.stack(drawn, axis=1))
+    return IsoFlop(
+        budgets=tuple(points),
+        exponent=float(exponent[0]),
+        log_coefficient=float(coefficient[0]),
+        exponent_interval=percentile_interval(exponents),
+    )
+
+
+def _vertices(logs: Array, runs: Runs, draws: int, seed: int, sigma: float | None) -> Array:
+    """ln N* of every resample: [draws]."""
+    if sigma is not None:
+        return vertex(logs, perturb(runs.loss, sigma, draws=draws, seed=seed)).at
+    values, of = np.unique(logs, return_inverse=True)
+    counts = resample(
+        len(logs),
+        draws=draws,
+        seed=seed,
+        clusters=runs.clusters,
+        usable=lambda c: (c @ np.eye(len(values))[of] > 0).sum(1) >= 3,
+    )
+    return vertex(logs, runs.loss, counts).at
+
+
+def _place(runs: Runs, at: float) -> Literal["interior", "below", "above"]:
+    """By the parabola, or by the best size where it has no lowest point."""
+    low, high = np.log(runs.x.min()), np.log(runs.x.max())
+    where = at if np.isfinite(at) else np.log(runs.x[runs.loss.argmin()])
+    if low < where < high:
+        return "interior"
+    return "below" if where <= low else "above"
+
+
+def _line(x: Array, y: Array) -> tuple[Array, Array]:
+    """Slope and value at zero by least squares: y is [b, n], answers [b]."""
+    centred = x - x.mean()
+    slope = (y @ centred) / (centred @ centred)
+    return slope, y.mean(1) - slope * x.mean()
