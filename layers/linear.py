@@ -10,7 +10,7 @@ from layers.batched import expert_of_rows
 from layers.matmul import expert_linear, linear, lookup
 from layers.names import check_positive
 from layers.precision.leaf import Leaf
-from layers.prefix import Prefix
+from layers.prefix import Part
 
 if TYPE_CHECKING:
     from layers.posttraining.correction import Correction
@@ -37,7 +37,7 @@ class Linear(Leaf):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, part: Prefix | None = None) -> Tensor:
+    def forward(self, x: Tensor, part: Part | None = None) -> Tensor:
         """x: [..., in]. Returns [..., out], in the policy's compute dtype (else the input's).
 
         part: the rows and columns that run, as a leaf of these alone would; None: all.
@@ -81,7 +81,7 @@ class ExpertLinear(Leaf):
         counts: Tensor,
         bias_weights: Tensor | None = None,
         backend: str = "auto",
-        part: Prefix | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         """Each row times its expert's matrix.
 
@@ -108,7 +108,7 @@ class ExpertLinear(Leaf):
         x: Tensor,
         expert: int,
         bias_weights: Tensor | None = None,
-        part: Prefix | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         """Rows of one expert. x: [N, in]; bias_weights: [N, 1]. Returns [N, out]."""
         w = self.weight[expert]
@@ -167,7 +167,7 @@ class ValueTable(Leaf):
 
 
 def _cut(
-    part: Prefix, w: Tensor, bias: Tensor | None, correction: "Correction | None"
+    part: Part, w: Tensor, bias: Tensor | None, correction: "Correction | None"
 ) -> tuple[Tensor, Tensor | None]:
     """The rows and columns of a weight that run, and their biases."""
     if correction is not None:

@@ -1,12 +1,25 @@
-"""A part of an FFN's matrices: what belongs to its first so many hidden numbers.
+"""A part of a layer's matrices: of an FFN's, what belongs to its first so many hidden numbers.
 
 The leaves take one beside their input, so that a part runs in the precision of the whole.
 """
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+
+class Part(Protocol):
+    """What of a matrix runs."""
+
+    def of_weight(self, w: Tensor) -> Tensor:
+        """w: [..., out, in]. Raises ValueError for a packed weight, whose codes are not cut."""
+        ...
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        """What has a number for each row. t: [..., out]."""
+        ...
 
 
 class Prefix(NamedTuple):
@@ -17,24 +30,39 @@ class Prefix(NamedTuple):
     groups: int = 1  # equal parts of the rows that are cut alike: 2 where gate and up are one
 
     def of_weight(self, w: Tensor) -> Tensor:
-        """w: [..., out, in]. Columns, and rows of one group, are a view; rows of more are copied.
-
-        Raises:
-            ValueError: for a packed weight, whose codes are not cut.
-        """
-        if not isinstance(w, Tensor):
-            raise ValueError(
-                "a packed weight does not run in part: extract the narrower model, then pack that"
-            )
+        """As `Part` says. Columns, and rows of one group, are a view; rows of more are copied."""
+        _refuse_packed(w)
         if self.rows is not None:
             w = w.unflatten(-2, (self.groups, -1))[..., : self.rows, :].flatten(-3, -2)
         return w if self.columns is None else w[..., : self.columns]
 
     def of_rows(self, t: Tensor) -> Tensor:
-        """What has a number for each row. t: [..., out]."""
+        """As `Part` says."""
         if self.rows is None:
             return t
         return t.unflatten(-1, (self.groups, -1))[..., : self.rows].flatten(-2)
+
+
+class Spans(NamedTuple):
+    """Some spans of rows, one behind the other, with all of their columns. Copied."""
+
+    ends: tuple[tuple[int, int], ...]  # start and end of each
+
+    def of_weight(self, w: Tensor) -> Tensor:
+        """As `Part` says."""
+        _refuse_packed(w)
+        return torch.cat([w[..., start:end, :] for start, end in self.ends], dim=-2)
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        """As `Part` says."""
+        return torch.cat([t[..., start:end] for start, end in self.ends], dim=-1)
+
+
+def _refuse_packed(w: object) -> None:
+    if not isinstance(w, Tensor):
+        raise ValueError(
+            "a packed weight does not run in part: extract the narrower model, then pack that"
+        )
 
 
 class Prefixes(NamedTuple):

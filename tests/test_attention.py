@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers.norm import RMSNorm, rms_norm
-from zoo.attention import Attention, AttentionConfig, rope_tables, rotate
+from zoo.attention import Attention, AttentionConfig
 from zoo.cache import LayerCache
+from zoo.rotary import rope_tables, rotate
 
 CONFIG = AttentionConfig(d_model=24, n_heads=4, n_kv_heads=2, d_head=8)
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from layers.linear import Linear
 from layers.names import check_positive
 from layers.norm import RMSNorm
 from layers.replay import checkpoint_contexts
-from zoo.attention import Attention, rope_tables
+from zoo.attention import Attention
 from zoo.block import Block, BlockOutput, Branch, Context
 from zoo.cache import KVCache
 from zoo.model_config import ModelConfig
@@ -130,7 +130,7 @@ class LanguageModel(nn.Module, Pretrained):
         start = 0 if cache is None else cache.length
         seen = mask if cache is None else cache.append_mask(mask, *tokens.shape)
         return Context(
-            rope=rope_tables(start, length, c.attention.d_head, c.rope_base, device),
+            rope=c.attention.rope(start, length, c.rope_base, device),
             mask=mask,
             attention_mask=_attention_mask(seen, start, length, device),
         )
@@ -147,6 +147,12 @@ class LanguageModel(nn.Module, Pretrained):
                 if width is not None and not getattr(block.ffn, "nested", False):
                     kind = type(block.ffn).__name__
                     raise ValueError(f"layer {i}: {kind} is not nested, it has no width {width}")
+        if name == "heads":
+            for i, heads in enumerate(given):
+                try:
+                    self.config.attention.counts(heads)
+                except ValueError as error:
+                    raise ValueError(f"layer {i}: {error}") from None
         return given
 
     def _check(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> None:
