@@ -11,7 +11,8 @@ import numpy as np
 from layers.names import check_positive
 from recipes.statistics.bootstrap import DRAWS, Array, Interval, percentile_interval
 from recipes.statistics.curves import Frontier
-from recipes.statistics.scaling import Runs, fit_frontiers, resampled
+from recipes.statistics.resampled import resampled
+from recipes.statistics.scaling import Runs, fit_frontiers
 
 BEYOND = 2.0  # times the baseline's range: a leverage read further out is flagged
 SAME_BUDGET = 0.05  # runs whose x differ by less belong to one budget
@@ -74,7 +75,7 @@ def leverage_of_runs(
         baseline: runs at three budgets or more.
         variant: runs, of which those at `at` count; their loss is averaged.
         at: the x; None: the variant's largest.
-        draws, seed, sigma: as in `scaling.resampled`; sigma is the noise of a run in both.
+        draws, seed, sigma: as in `resampled`; sigma is the noise of a run in both.
     """
     chosen = _at_budget(variant, at)
     fit = fit_frontiers({BASELINE: baseline})
@@ -104,7 +105,7 @@ def leverage_of_curves(
     Args:
         baseline, variant: runs at two budgets or more each, five in all.
         at: where to read the curves; None: the variant's largest x.
-        draws, seed, sigma: as in `scaling.resampled`.
+        draws, seed, sigma: as in `resampled`.
     """
     fit = fit_frontiers({BASELINE: baseline, VARIANT: variant})
     again = resampled(fit, draws=draws, seed=seed, sigma=sigma).frontiers

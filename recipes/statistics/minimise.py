@@ -50,7 +50,7 @@ def minimum(laws: PowerLaws, starts: Array, weights: Array | None = None) -> Min
 
 
 def _comparable(laws: PowerLaws, theta: Array) -> Array:
-    """The parameters with E as a share of the losses: one that vanishes has no certain logarithm."""
+    """The parameters, E as a share of the losses: where it vanishes, any ln E is as good."""
     return np.concatenate([[np.exp(theta[0] - laws.log_loss.min())], theta[1:]])
 
 
@@ -109,7 +109,6 @@ def _step(laws: PowerLaws, theta: Array, weights: Array, damping: Array) -> Arra
     gradient = (weighted @ r[..., None])[..., 0]
     scale = np.einsum("bpp->bp", normal)
     scale = np.maximum(scale, 1e-9 * scale.max(-1, keepdims=True) + 1e-30)
-    normal = normal + (np.maximum(damping, 1e-12)[:, None] * scale)[..., None] * np.eye(
-        len(theta.T)
-    )
+    damped = np.maximum(damping, 1e-12)[:, None] * scale
+    normal = normal + damped[..., None] * np.eye(theta.shape[1])
     return -np.linalg.solve(normal, gradient[..., None])[..., 0].clip(-20, 20)

@@ -1,15 +1,15 @@
-"""Scaling laws from runs: fits, and the same fits of every resample (comparison.md 6.2, 6.3)."""
+"""Scaling laws fitted to runs (comparison.md 6.2, 6.3)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from recipes.statistics.bootstrap import DRAWS, Array, perturb, resample
+from recipes.statistics.bootstrap import Array
 from recipes.statistics.curves import Chinchilla, Frontier
-from recipes.statistics.minimise import Minimum, descend, minimum
+from recipes.statistics.minimise import Minimum, minimum
 from recipes.statistics.powerlaw import DELTA, PowerLaws
 
 FLOORS = (0.02, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # starts of E, of the lowest loss
@@ -28,9 +28,8 @@ class Runs:
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.loss) or not len(self.x):
-            raise ValueError(
-                f"x and loss must name the same runs, got {len(self.x)}, {len(self.loss)}"
-            )
+            got = f"{len(self.x)} and {len(self.loss)}"
+            raise ValueError(f"x and loss must name the same runs, one at least, got {got}")
         if self.clusters is not None and len(self.clusters) != len(self.loss):
             raise ValueError(f"clusters must name {len(self.loss)} runs, got {len(self.clusters)}")
         for name, values in (("x", self.x), ("loss", self.loss)):
@@ -70,13 +69,13 @@ class Fit:
 
     def frontier(self, name: str | None = None) -> Frontier:
         """The curve of that name; may be left out where there is one."""
-        return self._frontiers(self.minimum.theta)[name or self.names[0]]
+        return self.frontiers_of(self.minimum.theta)[name or self.names[0]]
 
     def chinchilla(self) -> Chinchilla:
         """The law over parameters and tokens."""
-        return self._chinchilla(self.minimum.theta)
+        return self.chinchilla_of(self.minimum.theta)
 
-    def _frontiers(self, theta: Array) -> dict[str, Frontier]:
+    def frontiers_of(self, theta: Array) -> dict[str, Frontier]:
         """From parameters [P] or [b, P]."""
         e, a, p = self.laws.split(np.atleast_2d(theta))
         shape = theta.shape[:-1]
@@ -89,7 +88,8 @@ class Fit:
             for i, name in enumerate(self.names)
         }
 
-    def _chinchilla(self, theta: Array) -> Chinchilla:
+    def chinchilla_of(self, theta: Array) -> Chinchilla:
+        """From parameters [P] or [b, P]."""
         e, a, p = self.laws.split(np.atleast_2d(theta))
         shape = theta.shape[:-1]
         log_a, log_b = ((a + p * self.centre)[:, 0, j].reshape(shape) for j in (0, 1))
@@ -133,12 +133,13 @@ def fit_chinchilla(runs: Runs, *, weights: ArrayLike | None = None) -> Fit:
     """
     if runs.x.ndim != 2 or runs.x.shape[1] != 2:
         raise ValueError(f"x must be [n, 2], parameters and tokens, got shape {runs.x.shape}")
-    counts = [len(np.unique(column)) for column in runs.x.T]
-    if min(counts) < 3 or len(np.unique(runs.x, axis=0)) < 5:
-        raise ValueError(
-            f"five runs with three sizes and three token counts at least, got {counts}"
-        )
+    sizes, tokens = (len(np.unique(column)) for column in runs.x.T)
+    if min(sizes, tokens) < 3 or len(np.unique(runs.x, axis=0)) < 5:
+        found = f"{sizes} and {tokens} in {len(runs.loss)} runs"
+        raise ValueError(f"three sizes and token counts in five runs at least, got {found}")
     laws, centre = _laws({"all": runs})
+    if np.linalg.matrix_rank(laws.logs, tol=1e-6) < 2:
+        raise ValueError("tokens follow from the size in every run: fit_frontier is the law for it")
     rows = np.array(list(product(GRID_E, GRID_A, GRID_A, GRID_P, GRID_P)), dtype=np.float64)
     rows[:, 1:3] -= rows[:, 3:5] * centre  # ln A and ln B at the centre of the data
     w = None if weights is None else np.asarray(weights, dtype=np.float64)
@@ -187,77 +188,3 @@ def _fitted(
         centre=centre,
         minimum=minimum(laws, starts, w),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resampled:
-    """A fit made again of every resample."""
-
-    fit: Fit
-    theta: Array  # [b, P]
-    counts: Array  # [b, n], how often each run stands in it
-    losses: Array  # [b, n]
-
-    @property
-    def frontiers(self) -> dict[str, Frontier]:
-        """Curves whose coefficients are [b]."""
-        return self.fit._frontiers(self.theta)
-
-    @property
-    def chinchilla(self) -> Chinchilla:
-        """The law with coefficients [b]."""
-        return self.fit._chinchilla(self.theta)
-
-
-def resampled(
-    fit: Fit, *, draws: int = DRAWS, seed: int = 0, sigma: float | None = None
-) -> Resampled:
-    """Fit every resample, all curves together.
-
-    Args:
-        fit: of the runs themselves, from which each resample's fit starts.
-        draws: 1,000 at least for an interval that is reported.
-        seed: of the generator.
-        sigma: None: runs (clusters, where they are named) are drawn with replacement, within each
-            curve; resamples with too few different budgets are drawn again. A number: the
-            standard deviation of one run's loss, added as noise; for one run per budget.
-    """
-    n, laws = len(fit.laws.group), fit.laws
-    measured = np.exp(laws.log_loss)
-    if sigma is None:
-        counts = resample(
-            n,
-            draws=draws,
-            seed=seed,
-            clusters=_clusters(fit),
-            strata=[int(g) for g in laws.group],
-            usable=lambda c: _usable(laws, c),
-        )
-        losses = np.broadcast_to(measured, (draws, n))
-    else:
-        counts, losses = np.ones((draws, n)), perturb(measured, sigma, draws=draws, seed=seed)
-    starts = np.repeat(fit.minimum.theta[None], draws, axis=0)
-    theta, _ = descend(replace(laws, log_loss=np.log(losses)), starts, counts)
-    return Resampled(fit=fit, theta=theta, counts=counts, losses=losses)
-
-
-def _clusters(fit: Fit) -> list[object]:
-    """A label per run, of its own where its curve names none."""
-    return [
-        (name, i if runs.clusters is None else ("cluster", runs.clusters[i]))
-        for name, runs in zip(fit.names, fit.runs, strict=True)
-        for i in range(len(runs.loss))
-    ]
-
-
-def _usable(laws: PowerLaws, counts: Array) -> np.ndarray:
-    """Whether a resample has as many different inputs as the fit has parameters: [b] bool."""
-    enough = np.ones(len(counts), dtype=bool)
-    for column in laws.logs.T:
-        keys = np.stack([laws.group, np.round(column, 9)], axis=1)
-        places, of = np.unique(keys, axis=0, return_inverse=True)
-        present = (counts @ np.eye(len(places))[of.ravel()] > 0).astype(float)  # [b, inputs]
-        by_group = present @ (places[:, :1] == np.arange(laws.member.shape[1]))
-        least = 2 if laws.logs.shape[1] == 1 else 3
-        enough &= (by_group >= least).all(1) & (by_group.sum(1) >= 1 + 2 * laws.member.shape[1])
-    return enough
