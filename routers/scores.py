@@ -55,6 +55,11 @@ def draw_normal(weight: Tensor) -> None:
     nn.init.normal_(weight, std=INIT_STD)
 
 
+def draw_truncated(weight: Tensor) -> None:
+    """Normal with std 0.02, cut at three deviations: VersatileFFN's (arXiv:2512.14531)."""
+    nn.init.trunc_normal_(weight, std=INIT_STD, a=-3 * INIT_STD, b=3 * INIT_STD)
+
+
 def draw_scaled(weight: Tensor) -> None:
     """Truncated normal of variance 0.1 / fan_in, cut at two deviations (arXiv:2101.03961, 2.4)."""
     std = math.sqrt(0.1 / weight.shape[-1])

@@ -14,12 +14,13 @@ from routers.scores import (
     check_sizes,
     draw_normal,
     draw_scaled,
+    draw_truncated,
     matrix_cost,
     scores,
     top_indices,
 )
 
-INITS = {"normal": draw_normal, "scaled": draw_scaled}
+INITS = {"normal": draw_normal, "truncated": draw_truncated, "scaled": draw_scaled}
 
 # How named models route; sizes are the layer's. Renormalising p over the chosen is the softmax of
 # the chosen logits, so Mixtral's rule is gpt-oss's and Granite's too.
@@ -45,7 +46,8 @@ class TopKRouterConfig:
     renormalize: bool = True  # the chosen weights sum to one (Mixtral); False: p as is (OLMoE)
     jitter: float = 0.0  # in training, logits see x * U(1 - jitter, 1 + jitter); Switch: 0.01
     logit_bias: bool = False  # trained, added to the logits (gpt-oss)
-    init: str = "normal"  # std 0.02 | "scaled": truncated, variance 0.1 / d_model (Switch)
+    init: str = "normal"  # std 0.02 | "truncated": the same, cut at three deviations
+    # | "scaled": truncated, variance 0.1 / d_model (Switch)
     balance_scope: str = "micro_batch"  # what the loss counts over; sequence | global_batch
 
     def __post_init__(self) -> None:

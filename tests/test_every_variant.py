@@ -123,7 +123,8 @@ def test_compiled_gives_the_same_numbers(entry, precision, backend):
     # inductor fuses element-wise steps and so rounds less often; a low format then lands on a
     # neighbouring grid point here and there
     # in fp32 the loosest is a bias of the output: its gradient is a sum over tokens that cancels
-    close = 0 if backend == "aot_eager" else {"fp32": 2e-5, "bf16": 5e-2}.get(precision, 1e-1)
+    exact = 1e-6 if entry.own_norm else 0  # eager norms on a CPU have a backward of their own
+    close = exact if backend == "aot_eager" else {"fp32": 2e-5, "bf16": 5e-2}.get(precision, 1e-1)
     for name, grad in plain[2].items():
         error = (compiled[2][name] - grad).norm() / grad.norm().clamp_min(1e-12)
         assert error <= close, f"{name}: relative difference {error:.2e}"

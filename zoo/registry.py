@@ -146,8 +146,8 @@ def resolve(
         if option not in known and option not in router_known:
             raise unknown(f"option of {entry.name}", option, {*known, *router_known})
     config = construct(entry, {k: v for k, v in options.items() if k in known})
-    if router_entry is None:
-        return Choice(entry=entry, config=config)
+    if router_entry is None or not getattr(config, "routes", True):
+        return _without_router(entry, config, router, {o for o in options if o not in known})
     shared = {k: getattr(config, k) for k in router_known if k in known}
     flat = {k: v for k, v in options.items() if k in router_known and k not in known}
     for option, value in router_options.items():
@@ -163,6 +163,14 @@ def resolve(
     return Choice(
         entry=entry, config=config, router_entry=router_entry, router_config=router_config
     )
+
+
+def _without_router(entry: Entry, config: Any, router: Any, options: set[str]) -> Choice:
+    """Of a variant that routes nothing, ever or with these options, so that none is unread."""
+    if router is not None or options:
+        given = f"router={router!r}" if router is not None else ", ".join(sorted(options))
+        raise ValueError(f"{entry.name} routes nothing with these options, so leave out {given}")
+    return Choice(entry=entry, config=config)
 
 
 def _preset(entry: Entry, preset: str | None) -> Mapping[str, Any]:
