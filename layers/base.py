@@ -11,6 +11,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Later(NamedTuple):
+    """What a layer adds to the residual stream after a later block."""
+
+    y: Tensor  # [B, S, D]
+    blocks: int  # how many blocks later: 1 after the output of the next
+
+
 class FFNOutput(NamedTuple):
     """What every FFN variant returns."""
 
@@ -18,6 +25,7 @@ class FFNOutput(NamedTuple):
     losses: dict[str, Tensor] | None = None  # scalars, unweighted, mean over tokens
     stats: dict[str, Tensor] | None = None  # detached sums, so that they add over micro-batches
     carry: Tensor | None = None  # [B, S, E], router logits handed to the next layer
+    later: Later | None = None  # not in y: whoever runs the blocks adds it there
 
 
 class Routing(NamedTuple):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from layers.base import FFNOutput
+from layers.base import FFNOutput, Later
 from layers.memory import (
     ExpansionConfig,
     Memory,
@@ -42,6 +42,7 @@ class UltraMemConfig(BesideConfig):
     query: str = "shared"  # "per_rank": a query for each rank, as in V2
     search: str = "positive"  # "signed": both quadrants of TDQKR
     query_conv: int = 0  # taps of a causal convolution before the query; 0: none
+    skip: int = 0  # blocks later that the memory's output is added; 0: in its own
     pool: str = "own"  # "shared": the table is handed to the constructor
     init: str = "paper"  # of the values; "release": std 0.02
     depth: int = 12  # memory layers of the model, for the paper's init
@@ -49,6 +50,8 @@ class UltraMemConfig(BesideConfig):
     def __post_init__(self) -> None:
         check_choice("init", self.init, INITS)
         check_positive(n_keys=self.n_keys, expand=self.expand, depth=self.depth)
+        if self.skip < 0:
+            raise ValueError(f"skip must not be negative, got {self.skip}")
         _ = self.parts  # their own checks
 
     @property
@@ -87,8 +90,8 @@ class UltraMem(nn.Module):
     the slots of virtual copy p.
 
     The slots, and a score for each core, are those of TDQKR: no softmax, queries and keys normed.
-    Memory and FFN stand in the same block; the paper's skip, which adds the memory's output some
-    blocks later, is wiring of a model.
+    Memory and FFN read the same input. With `skip`, the paper's wiring, the memory's output is no
+    part of y: it is added to the residual stream after the output of a later block.
     """
 
     def __init__(self, config: UltraMemConfig, pool: Pool | None = None):
@@ -124,6 +127,12 @@ class UltraMem(nn.Module):
     def forward(
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
     ) -> FFNOutput:
-        """x: [B, S, D]; mask: [B, S] bool. carry is not read; `stats` as `Memory.forward` says."""
+        """x: [B, S, D]; mask: [B, S] bool. carry is not read; `stats` as `Memory.forward` says.
+
+        With `skip` the memory's output is in `later`, and not in y.
+        """
         out = self.memory(x, carry, mask)
-        return out._replace(y=out.y + self.ffn(x, carry, mask).y)
+        y = self.ffn(x, carry, mask).y
+        if self.config.skip:
+            return out._replace(y=y, later=Later(out.y, self.config.skip))
+        return out._replace(y=out.y + y)

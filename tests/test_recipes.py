@@ -226,7 +226,7 @@ def test_settings_are_put_back():
 
 def test_outputs_of_layers_are_what_the_task_expects():
     """FFNOutput names losses and stats as ExpertLoad and `weighted` read them."""
-    assert FFNOutput._fields == ("y", "losses", "stats", "carry")
+    assert FFNOutput._fields == ("y", "losses", "stats", "carry", "later")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from layers.base import FFNOutput
+from layers.base import FFNOutput, Later
 from zoo.cache import LayerCache
 
 
@@ -48,6 +48,7 @@ class BlockOutput(NamedTuple):
     carry: Tensor | None  # [B, S, E], the last router logits so far
     losses: dict[str, Tensor]
     stats: dict[str, Tensor]
+    later: tuple[Later, ...] = ()  # for the stream after later blocks; not in x
 
 
 class Block(nn.Module):
@@ -82,6 +83,7 @@ class Block(nn.Module):
         """
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
+        later: tuple[Later, ...] = ()
         for name in self.layout:
             inner, norm = self._modules[name], self._modules.get(f"{name}_norm")
             assert inner is not None
@@ -96,4 +98,5 @@ class Block(nn.Module):
             carry = carry if out.carry is None else out.carry
             losses.update(out.losses or {})
             stats.update(out.stats or {})
-        return BlockOutput(x, carry, losses, stats)
+            later += () if out.later is None else (out.later,)
+        return BlockOutput(x, carry, losses, stats, later)

@@ -38,7 +38,7 @@ class LanguageModel(nn.Module, Pretrained):
 
     The residual stream keeps the embedding's dtype (float32) or wider; leaves under a precision
     may return bfloat16, and the sum promotes. The last router logits so far (`carry`) go from
-    block to block.
+    block to block; what a layer hands on for later (`Later`) waits here for its block.
     """
 
     config_class = ModelConfig
@@ -102,6 +102,7 @@ class LanguageModel(nn.Module, Pretrained):
         context = self._context(tokens, mask, cache)
         x, carry = self.embedding(tokens), None
         outputs: list[BlockOutput] = []
+        waiting: dict[int, list[Tensor]] = {}  # by the block after which it is added
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -109,8 +110,11 @@ class LanguageModel(nn.Module, Pretrained):
             else:
                 out = block(x, carry, context, layer_cache, *parts[i])
             assert isinstance(out, BlockOutput)
-            x, carry = out.x, out.carry
+            for y, blocks in out.later:
+                waiting.setdefault(i + blocks, []).append(y)
+            x, carry = sum(waiting.pop(i, ()), start=out.x), out.carry
             outputs.append(out)
+        assert not waiting  # the config's layers() says so
         logits = self.head(self.norm(x))
         return ModelOutput(
             logits, _mean(out.losses for out in outputs), [out.stats for out in outputs], cache

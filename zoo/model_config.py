@@ -105,6 +105,7 @@ class ModelConfig:
         for i, layer in enumerate(plan):
             with _said_of(i):
                 choice = self._settle(_placed(layer, i, pools), n_carry)
+                _check_skip(choice, i, self.n_layers)
             if not choice.causal and not self.allow_noncausal:
                 raise ValueError(
                     f"layer {i}: {choice.entry.name} as configured lets a token read later ones in "
@@ -146,6 +147,16 @@ def _placed(layer: LayerChoice, i: int, pools: Sequence[str | None]) -> LayerCho
     places = [n for n, name in enumerate(pools) if name == pools[i]]
     options = {**layer.options, **shared_options(find(layer.ffn), places, i)}
     return replace(layer, options=options)
+
+
+def _check_skip(choice: Choice, i: int, n_layers: int) -> None:
+    """Raise where layer i hands something on for after the last block."""
+    skip = getattr(choice.config, "skip", 0)
+    if i + skip >= n_layers:
+        raise ValueError(
+            f"skip={skip} adds the memory's output after layer {i + skip}, and the last is "
+            f"{n_layers - 1}: skip at most {n_layers - 1 - i}"
+        )
 
 
 def _n_logits(choice: Choice) -> int | None:

@@ -19,6 +19,13 @@ Memory layers that say the same name of a pool share it, each with its own queri
     ffn:                                                          # or blocks of layers
       - {name: ultramem_v2, pool: early, layers: ":12"}
       - {name: ultramem_v2, pool: late}
+
+UltraMem's layers read one block and, with `skip`, add to the stream after a later one; as its paper
+has them in 20 layers (2:5/6:9/10:13/14:17):
+
+    ffn:
+      - {name: ultramem, skip: 3, layers: [2, 6, 10, 14]}
+      - swiglu
 """
 
 from collections.abc import Mapping, Sequence
