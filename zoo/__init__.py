@@ -5,7 +5,9 @@ from layers.replay import force_balance, join_routes, record_routing, replay_rou
 from zoo.accounting import module_cost
 from zoo.budget import Match, match
 from zoo.describe import Card, describe
+from zoo.extract import extract
 from zoo.interop import export_moe, import_moe, moe_sizes
+from zoo.mixnmatch import least_slope
 from zoo.model import LanguageModel, ModelConfig, build
 from zoo.packing import PackReport, pack
 from zoo.precision import describe_format, formats, policy_of, precisions, set_precision
@@ -24,10 +26,12 @@ __all__ = [
     "describe",
     "describe_format",
     "export_moe",
+    "extract",
     "force_balance",
     "formats",
     "import_moe",
     "join_routes",
+    "least_slope",
     "match",
     "module_cost",
     "moe_sizes",
