@@ -58,7 +58,8 @@ def convert_run(
 
     Args:
         run: a finished run's directory, its chosen layers `swiglu`.
-        to: a row of `zoo.conversion.METHODS`: upcycle | granular | drop | factor_llm | spt.
+        to: a row of `zoo.conversion.METHODS`: upcycle | granular | drop | factor_llm | spt |
+            versatile.
         out: a directory that is not there yet; None: beside the run, named after the conversion.
         teach_steps: batches of the run's training data on which the dense model teaches the routers
             of factor_llm, before bits per byte are measured; receipts are of before.

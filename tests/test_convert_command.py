@@ -27,8 +27,9 @@ OPTIONS = {
     "drop": {"n_experts": 3, "fraction": 0.25},
     "factor_llm": {"n_experts": 4, "top_k": 3, "split": "kmeans"},
     "spt": {"n_experts": 4, "top_k": 2, "rank": 4},
+    "versatile": {"n_experts": 4, "top_k": 2, "max_loops": 3},
 }
-FFN = {"spt": "spt_ffn"}
+FFN = {"spt": "spt_ffn", "versatile": "versatile_ffn"}
 OWN = {"z": 0.5, "balance": 0.01}  # weights that the dense run's recipe gives
 EXACT = ("upcycle", "granular")
 

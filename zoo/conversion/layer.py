@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from layers.moe import MoE
 from layers.spt_ffn import SPTFFN
 from layers.swiglu import SwiGLU
+from layers.versatile_ffn import VersatileFFN
 from zoo.conversion.methods import options_for
 from zoo.conversion.stacks import DenseFFN
 from zoo.registry import create
 
 RECEIPT_TOKENS = 256
-Converted = MoE | SPTFFN  # what a dense layer becomes
+Converted = MoE | SPTFFN | VersatileFFN  # what a dense layer becomes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,9 @@ def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> Co
     made = create(**says, d_model=ffn.config.d_model)
     assert isinstance(made, Converted)
     made.to(dense.up.device, dense.up.dtype)
-    made.router.to(torch.promote_types(dense.up.dtype, torch.float32))  # it decides in float32
+    for decides in (made.router, getattr(made, "loop_predictor", None)):
+        if decides is not None:  # in float32
+            decides.to(torch.promote_types(dense.up.dtype, torch.float32))
     parameters = dict(made.named_parameters())
     with torch.no_grad():
         for name, weight in said.weights(dense, generator).items():
@@ -68,11 +71,15 @@ def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> Co
 def receipt(ffn: SwiGLU, made: Converted, layer: int, seed: int) -> LayerReceipt:
     """Compare in float64 without formats, on unit normal inputs, as an RMS norm hands them on.
 
+    A layer with a norm of its own reads them raw, and the dense one as that norm hands them on.
+
     ffn, made: the layer before and after, which stay as they are.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, RECEIPT_TOKENS, ffn.config.d_model, generator=generator).double()
-    before, after = (_exactly(module)(x).y[0] for module in (ffn, made))
+    dense, new = _exactly(ffn), _exactly(made)
+    normed = new.norm(x) if isinstance(new, VersatileFFN) else x
+    before, after = dense(normed).y[0], new(x).y[0]
     difference = _norm(after - before) / _norm(before).clamp(min=1e-300)
     return LayerReceipt(
         layer=layer,
@@ -88,7 +95,8 @@ def _exactly(module: SwiGLU | Converted) -> nn.Module:
         copy: nn.Module = SwiGLU(module.config)
     else:
         router: Any = module.router
-        copy = type(module)(module.config, type(router)(router.config))  # pyright: ignore
+        parts = () if router is None else (type(router)(router.config),)
+        copy = type(module)(module.config, *parts)  # pyright: ignore
     copy.double().load_state_dict(module.state_dict())
     return copy.eval()
 

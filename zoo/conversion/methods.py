@@ -166,12 +166,55 @@ class SPTOptions(ConversionOptions):
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class VersatileOptions(ConversionOptions):
+    """VersatileFFN (arXiv:2512.14531): the dense FFN itself with its norm, used in width and depth.
+
+    Only the router and the loop predictor are drawn. path="depth", loops="fixed", max_loops=1 is
+    the dense FFN exactly: the paper's control of training on.
+    """
+
+    n_experts: int = 8
+    top_k: int = 2
+    max_loops: int = 4
+    path: str = "both"  # as of the layer: both | width | depth
+    fusion: str = "difficulty"  # difficulty | average
+    loops: str = "predicted"  # predicted | fixed
+    anneal: str = "steps"  # steps | run
+    norm_eps: float = 1e-6  # of its norm; a whole model's own where one is converted
+
+    def layer(self, d_ff: int, activation: str) -> dict[str, Any]:
+        """As `ConversionOptions.layer`."""
+        own = {f.name: getattr(self, f.name) for f in fields(VersatileOptions)}
+        said = {k: v for k, v in own.items() if k not in ("router_std", "layers")}
+        return {"name": "versatile_ffn", "d_ff": d_ff, "activation": activation, **said}
+
+    def weights(self, dense: DenseFFN, generator: torch.Generator) -> dict[str, Tensor]:
+        """As `ConversionOptions.weights`."""
+        d_model = dense.up.shape[1]
+
+        def rows(n: int) -> Tensor:
+            return torch.randn(n, d_model, generator=generator) * self.router_std
+
+        weights = {"gate_up.weight": torch.cat((dense.gate, dense.up)), "down.weight": dense.down}
+        if self.path != "depth":
+            weights["router.weight"] = rows(self.n_experts)
+        if self.path != "width" and self.loops == "predicted":
+            weights["loop_predictor.weight"] = rows(self.max_loops)
+        return weights
+
+    def loss_weights(self, n_layers: int) -> dict[str, float]:
+        """The paper's, which has no z loss; none where nothing routes."""
+        return {} if self.path == "depth" else {"balance": 1e-5, "z": 0.0}
+
+
 METHODS: dict[str, type[ConversionOptions]] = {
     "upcycle": UpcycleOptions,
     "granular": GranularOptions,
     "drop": DropOptions,
     "factor_llm": FactorOptions,
     "spt": SPTOptions,
+    "versatile": VersatileOptions,
 }
 
 

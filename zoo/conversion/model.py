@@ -9,8 +9,9 @@ import torch
 from layers.precision import leaves
 from layers.selection import select_layers
 from layers.swiglu import SwiGLU
-from zoo.conversion.layer import LayerReceipt, convert_ffn, receipt
-from zoo.conversion.methods import options_for
+from layers.versatile_ffn import VersatileFFN
+from zoo.conversion.layer import Converted, LayerReceipt, convert_ffn, receipt
+from zoo.conversion.methods import VersatileOptions, method_of, options_for
 from zoo.model import LanguageModel
 from zoo.plan import LayerChoice, layer_choices
 from zoo.pretrained import own_tensors
@@ -29,7 +30,7 @@ def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> 
 
     Args:
         model: its chosen layers are `swiglu`; it stays as it is.
-        to: a row of `METHODS`: upcycle | granular | drop | factor_llm | spt.
+        to: a row of `METHODS`: upcycle | granular | drop | factor_llm | spt | versatile.
         seed: of everything drawn; each layer draws its own.
         options: of the method (`zoo.conversion.methods`).
 
@@ -39,7 +40,10 @@ def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> 
             training.
     """
     _check_scales(model)
-    config, said = model.config, options_for(to, options)
+    config = model.config
+    if issubclass(method_of(to), VersatileOptions):
+        options = {"norm_eps": config.norm_eps, **options}
+    said = options_for(to, options)
     chosen = select_layers(said.layers, config.n_layers)
     if not chosen:
         raise ValueError(f"layers={said.layers!r} names none of {config.n_layers} layers")
@@ -49,6 +53,7 @@ def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> 
         ffn, layer_seed = _ffn(model, i), seed * 1_000_003 + i
         new_layers[i] = convert_ffn(ffn, to, seed=layer_seed, **options)
         says[i] = said.layer(ffn.config.hidden, ffn.config.activation)
+        _take_norm(new_layers[i], model.blocks[i])
         receipts.append(receipt(ffn, new_layers[i], i, layer_seed))
     ffn_says: Any = says[0] if all(each == says[0] for each in says) else says
     made = LanguageModel(replace(config, ffn=ffn_says))
@@ -79,6 +84,13 @@ def _ffn(model: LanguageModel, layer: int) -> SwiGLU:
             "choose others with layers="
         )
     return ffn
+
+
+@torch.no_grad()
+def _take_norm(made: Converted, block: Any) -> None:
+    """A layer with a norm of its own takes the block's."""
+    if isinstance(made, VersatileFFN):
+        made.norm.weight.copy_(block.ffn_norm.weight)
 
 
 def _said(choice: LayerChoice) -> dict[str, Any]:
