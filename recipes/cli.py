@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from recipes.environment import prepare
+from recipes.study.cli import app as study
 
 PACKAGES = ("layers", "routers", "zoo", "recipes")
 EXIT_ERROR = 2  # a known error, in one line on stderr
@@ -21,6 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(study, name="study")
 
 
 @app.callback(invoke_without_command=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes import load, record
 from recipes.names import precision_label
-from recipes.planned import RunFailed, ensure
+from recipes.planned import Processes, RunFailed, ensure, finished
 from recipes.planning import LR, Plan, rate
 from recipes.report.export import results_csv
 from recipes.report.page import write_report
@@ -40,10 +40,19 @@ def compare(plan: Plan, *, child_stdout: int | None = None) -> Path:
         _claim(plan)
         started = time.monotonic()
         failures: dict[str, str] = {}
+        train = Processes(child_stdout)
         for number, run in enumerate(plan.runs, start=1):
             count = f"[{number}/{len(plan.runs)}]"
+            directory = out / "runs" / run.id
+            done = finished(run, directory)
+            if done is not None:
+                bpb = done["final"]["bpb"]
+                told = "diverged" if bpb is None else f"{bpb:.4f} bits/byte"
+                print(f"{count} {run.id}: kept, {told}", flush=True)
+                continue
+            print(f"{count} {run.id}", flush=True)
             try:
-                ensure(run, out / "runs" / run.id, count, child_stdout)
+                ensure(run, directory, train)
             except RunFailed as failure:
                 failures[run.id] = str(failure)
                 print(f"{count} {run.id}: failed: {failure}", flush=True)

@@ -80,18 +80,20 @@ def read_comparison(
     return load.merge(Comparison, plain, own, what="comparison"), shared
 
 
-def split_overrides(said: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Overrides of the comparison, and of the recipe."""
-    ours, recipes = ([f.name for f in fields(kind)] for kind in (Comparison, Recipe))
+def split_overrides(
+    said: Mapping[str, Any], kind: type = Comparison, what: str = "comparison"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Overrides of the comparison (or whatever has runs, as `kind` says), and of the recipe."""
+    ours, recipes = ([f.name for f in fields(each)] for each in (kind, Recipe))
     for key in said:
         if key not in ours and key not in recipes:
-            raise unknown("key of a comparison or its recipe", key, [*ours, *recipes])
+            raise unknown(f"key of a {what} or its recipe", key, [*ours, *recipes])
     taken = {"seed": "seeds=[0,1]", "precision": "precisions=[bf16]"}
     for key, instead in taken.items():
         if key in said:
-            raise ValueError(f"a comparison sets {key} of each run: say {instead} instead")
+            raise ValueError(f"a {what} sets {key} of each run: say {instead} instead")
     if "ffn" in said.get("model", {}):
-        raise ValueError("a comparison sets model.ffn of each run: say variants=[...] instead")
+        raise ValueError(f"a {what} sets model.ffn of each run: say variants=[...] instead")
     own = {key: value for key, value in said.items() if key in ours}
     return own, {key: value for key, value in said.items() if key in recipes}
 

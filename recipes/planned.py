@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from recipes import load, record
 from recipes.schema import Recipe
@@ -26,59 +27,87 @@ class PlannedRun:
     recipe: Recipe
 
 
-def ensure(run: PlannedRun, directory: Path, count: str, stdout: int | None) -> None:
-    """Have a finished run in the directory: kept, gone on with or begun.
+class Train(Protocol):
+    """Trains a run into its directory, or goes on with it there."""
 
-    Args:
-        run: what is to lie there.
-        directory: of the run.
-        count: what its lines on stdout begin with.
-        stdout: where the run's own lines go; None: to this process's stdout.
+    def __call__(self, run: PlannedRun, directory: Path) -> None:
+        """Raise RunFailed where it ends without a result. recipe.yaml lies there already."""
+        ...
+
+
+class Processes:
+    """Trains each run in a child that ends with this process; its own session keeps Ctrl-C off.
+
+    May be called from several threads.
+    """
+
+    def __init__(self, stdout: int | None = None):
+        """stdout: where the runs' own lines go; None: to this process's stdout."""
+        self.stdout = stdout
+        self._children: set[subprocess.Popen[bytes]] = set()
+
+    def __call__(self, run: PlannedRun, directory: Path) -> None:
+        command = [sys.executable, "-P", "-m", "recipes.worker"]
+        command += [str(directory), run.variant, str(os.getpid())]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        errors = directory / "stderr.txt"
+        with errors.open("wb") as stderr:
+            child = subprocess.Popen(
+                command, env=environment, stdout=self.stdout, stderr=stderr, start_new_session=True
+            )
+            self._children.add(child)
+            try:
+                status = child.wait()
+            except BaseException:
+                child.kill()
+                child.wait()
+                raise
+            finally:
+                self._children.discard(child)
+        if status:
+            lines = errors.read_text(errors="replace").strip().splitlines()
+            raise RunFailed(f"{lines[-1] if lines else _ending(status)} (see {errors})")
+
+    def stop(self) -> None:
+        """Kill the children; each goes on from its last checkpoint when it is started again."""
+        for child in list(self._children):
+            child.kill()
+
+
+def finished(run: PlannedRun, directory: Path) -> dict[str, Any] | None:
+    """The run's result, where the directory holds it.
+
+    Raises:
+        ValueError: when another recipe's finished run lies there.
+    """
+    done = record.read_result(directory)
+    recipe = load.to_plain(run.recipe)
+    if done is not None and done["recipe"] != recipe:
+        differing = ", ".join(load.differences(done["recipe"], recipe))
+        raise ValueError(
+            f"{directory} holds a run of another recipe (differs in {differing}): delete it"
+        )
+    return done
+
+
+def ensure(run: PlannedRun, directory: Path, train: Train) -> dict[str, Any]:
+    """The run's result: kept, or the run gone on with or begun.
 
     Raises:
         RunFailed: when it ends without a result.
         ValueError: when another recipe's finished run lies there.
     """
-    recipe = load.to_plain(run.recipe)
-    done = record.read_result(directory)
+    done = finished(run, directory)
     if done is not None:
-        if done["recipe"] != recipe:
-            differing = ", ".join(load.differences(done["recipe"], recipe))
-            raise ValueError(
-                f"{directory} holds a run of another recipe (differs in {differing}): delete it"
-            )
-        bpb = done["final"]["bpb"]
-        told = "diverged" if bpb is None else f"{bpb:.4f} bits/byte"
-        print(f"{count} {run.id}: kept, {told}", flush=True)
-        return
+        return done
     if not (directory / "recipe.yaml").is_file():
         record.write_text(directory / "recipe.yaml", load.to_yaml(run.recipe))
-    print(f"{count} {run.id}", flush=True)
-    _run_in_process(run, directory, stdout)
-    if record.read_result(directory) is None:
+    train(run, directory)
+    done = record.read_result(directory)
+    if done is None:
         raise RunFailed(f"it ended without a result (see {directory / 'stderr.txt'})")
-
-
-def _run_in_process(run: PlannedRun, directory: Path, stdout: int | None) -> None:
-    """Train in a child that ends with this process; its own session keeps Ctrl-C from it."""
-    command = [sys.executable, "-P", "-m", "recipes.worker"]
-    command += [str(directory), run.variant, str(os.getpid())]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    errors = directory / "stderr.txt"
-    with errors.open("wb") as stderr:
-        child = subprocess.Popen(
-            command, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
-        )
-        try:
-            status = child.wait()
-        except BaseException:
-            child.kill()
-            child.wait()
-            raise
-    if status:
-        lines = errors.read_text(errors="replace").strip().splitlines()
-        raise RunFailed(f"{lines[-1] if lines else _ending(status)} (see {errors})")
+    return done
 
 
 def _ending(status: int) -> str:

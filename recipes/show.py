@@ -39,7 +39,7 @@ def catalogue(pattern: str, as_json: bool) -> None:
         _json({**plain, "precisions": zoo.precisions(), "formats": zoo.formats()})
         return
     rows = [[c.name, kind, c.summary, c.paper] for kind, cards in found.items() for c in cards]
-    _table(["name", "kind", "summary", "paper"], rows)
+    table(["name", "kind", "summary", "paper"], rows)
     print(f"precisions: {', '.join(zoo.precisions())}")
     print(f"formats: {', '.join(zoo.formats())}")
 
@@ -77,7 +77,7 @@ def cost(name: str, options: Mapping[str, Any], as_json: bool) -> None:
         for role, part in {**found.by_role(), "all": found}.items()
     ]
     at = [f"bytes/token at {n:,}" for n in BYTES_AT_TOKENS]
-    _table(["role", "params", "active", "FLOPs/token", *at], rows, numbers_from=1)
+    table(["role", "params", "active", "FLOPs/token", *at], rows, numbers_from=1)
 
 
 def plan(found: "Plan") -> None:
@@ -107,7 +107,7 @@ def results(path: Path) -> None:
         for run in runs
     ]
     heads = ["run", "bits/byte", "params", "active", "tokens/s", "peak memory"]
-    _table(heads, rows, numbers_from=1)
+    table(heads, rows, numbers_from=1)
     _stability(path)
 
 
@@ -131,7 +131,7 @@ def _stability(path: Path) -> None:
             "" if count.sharpness is None else f"{count.sharpness:.3f} %",
         ])  # fmt: skip
     heads = ["stability", "lr", "bits/byte", "diverged", "spiked", "sharpness"]
-    _table(heads, rows, numbers_from=1)
+    table(heads, rows, numbers_from=1)
     for run_id, reason in read.failures.items():
         print(f"failed: {run_id}: {reason}")
 
@@ -156,7 +156,7 @@ def _json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 99) -> None:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 99) -> None:
     """A table as wide as the terminal; as wide as it must be where there is none."""
     console = Console()
     if not console.is_terminal:

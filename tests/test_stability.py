@@ -338,7 +338,7 @@ def test_two_rates_of_one_cell_are_told_apart_side_by_side(tmp_path):
 def test_a_grid_goes_on_over_what_diverges_or_fails(tmp_path, monkeypatch, capsys):
     lrs = [1e-2, 1e30]
     settled = plan(asked(lrs=lrs, precisions=["bf16", "fp32"], out=str(tmp_path)))
-    monkeypatch.setattr(planned, "_run_in_process", in_this_process)
+    monkeypatch.setattr(planned.Processes, "__call__", in_this_process)
     comparing.compare(settled)
     read = read_results(tmp_path)
     assert {run.id: run.diverged for run in read.runs} == {
@@ -359,7 +359,7 @@ def test_a_grid_goes_on_over_what_diverges_or_fails(tmp_path, monkeypatch, capsy
     assert '<section id="stability"' in (tmp_path / "report.html").read_text()
 
 
-def in_this_process(run, directory, stdout):
+def in_this_process(self, run, directory):
     """As the worker does it, but for one run."""
     if run.id == "swiglu-fp32-lr0.01-s0":
         raise planned.RunFailed("out of memory")

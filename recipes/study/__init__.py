@@ -1,0 +1,1 @@
+"""A study: variants at their own learning rates, over sizes and matchings, with seeds enough."""
