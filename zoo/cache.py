@@ -24,6 +24,10 @@ class LayerCache:
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens; the next append writes over the rest."""
+        self.length = length
+
 
 class KVCache:
     """The caches of all layers, and which of the tokens held are padding."""
@@ -49,3 +53,16 @@ class KVCache:
         old = ones[:, : self.length] if self.mask is None else self.mask
         self.mask = torch.cat((old, ones[:, :n_new] if mask is None else mask), dim=1)
         return self.mask
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first `length`; room for the rest stays.
+
+        Raises:
+            ValueError: for a length that is not within [0, `self.length`].
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must be in [0, {self.length}], got {length}")
+        for layer in self.layers:
+            layer.truncate(length)
+        if self.mask is not None:
+            self.mask = self.mask[:, :length]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from layers.names import check_positive
 from zoo.model import LanguageModel
+from zoo.sampling import Sampling, check_prompt, generator_of
 
 
 @torch.no_grad()
@@ -42,24 +42,18 @@ def generate(
         ValueError: for an option out of range, an empty prompt, padding on the right, or more
             tokens than the model holds.
     """
-    _check(tokens, mask, max_new_tokens, temperature, top_k, top_p)
-    room = tokens.shape[1] + max_new_tokens
-    if room > model.config.max_seq_len:
-        raise ValueError(
-            f"{tokens.shape[1]} + {max_new_tokens} tokens are more than the model's "
-            f"max_seq_len={model.config.max_seq_len}"
-        )
-    generator = torch.Generator(tokens.device)
-    generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_prompt(tokens, mask, max_new_tokens, model.config.max_seq_len)
+    generator = generator_of(seed, tokens.device)
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache(room) if model.tokenwise else None
+        cache = model.new_cache(tokens.shape[1] + max_new_tokens) if model.tokenwise else None
         given = tokens
         done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
-            logits = model(given, mask=mask, cache=cache).logits[:, -1].float()  # [B, V]
-            new = _pick(logits, temperature, top_k, top_p, generator)  # [B, 1]
+            logits = model(given, mask=mask, cache=cache).logits[:, -1]  # [B, V]
+            new = sampling.draw(sampling.probs(logits), generator)  # [B, 1]
             if eos is not None:
                 new = new.masked_fill(done, eos)
                 done = new == eos
@@ -74,44 +68,3 @@ def generate(
     finally:
         model.train(was_training)
     return tokens
-
-
-def _pick(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator,
-) -> Tensor:
-    """logits: [B, V] float32. Returns [B, 1]."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    if top_p is not None:
-        # a token stays while those before it have not reached p, so the first always does
-        probs = probs / probs.sum(-1, keepdim=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
-    return order.gather(-1, torch.multinomial(probs, 1, generator=generator))
-
-
-def _check(
-    tokens: Tensor,
-    mask: Tensor | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
-    check_positive(max_new_tokens=max_new_tokens)
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens must be [B, S] with S >= 1, got {list(tokens.shape)}")
-    if mask is not None and not mask[:, -1].all():
-        raise ValueError("a prompt must be padded on the left, so that its last token is real")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0.0 (greedy) or more, got {temperature}")
-    if top_k is not None:
-        check_positive(top_k=top_k)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
