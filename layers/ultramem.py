@@ -16,7 +16,7 @@ from layers.memory import (
     TuckerKeysConfig,
     Window,
 )
-from layers.memory.beside import BesideConfig
+from layers.memory.beside import BesideConfig, remember
 from layers.names import check_choice, check_positive
 from layers.swiglu import SwiGLU
 
@@ -52,7 +52,7 @@ class UltraMemConfig(BesideConfig):
         check_positive(n_keys=self.n_keys, expand=self.expand, depth=self.depth)
         if self.skip < 0:
             raise ValueError(f"skip must not be negative, got {self.skip}")
-        _ = self.parts  # their own checks
+        super().__post_init__()
 
     @property
     def value_width(self) -> int:
@@ -131,7 +131,7 @@ class UltraMem(nn.Module):
 
         With `skip` the memory's output is in `later`, and not in y.
         """
-        out = self.memory(x, carry, mask)
+        out = remember(self.memory, self.config, x, mask)
         y = self.ffn(x, carry, mask).y
         if self.config.skip:
             return out._replace(y=y, later=Later(out.y, self.config.skip))

@@ -17,8 +17,9 @@ from layers.memory import (
     ReadoutConfig,
     TuckerKeysConfig,
     Window,
+    window_of,
 )
-from layers.memory.beside import BesideConfig
+from layers.memory.beside import BesideConfig, remember
 from layers.names import check_choice, check_positive
 from layers.swiglu import SwiGLU
 
@@ -51,7 +52,8 @@ class UltraMemV2Config(BesideConfig):
     query_conv: int = 0  # taps of a causal convolution before the query; 0: none
     n_tables: int = 1  # tables in the pool, one a layer that shares it
     table: int = 0  # which of them is this layer's own: where its window begins
-    share: float = 1.0  # of the pool, seen through a window that wraps round
+    share: float = 1.0  # of the pool, seen through a window
+    windows: str = "ring"  # that wraps round | clamped to the pool | block: of a group of layers
     pool: str = "own"  # "shared": the pool is handed to the constructor
     init: str = "paper"  # "release": much quieter at the start
     depth: int = 12  # layers of the model, for the paper's init
@@ -60,12 +62,12 @@ class UltraMemV2Config(BesideConfig):
         check_choice("init", self.init, INITS)
         check_choice("groups", self.groups, GROUPS)
         check_positive(
-            n_keys=self.n_keys, expand=self.expand, n_tables=self.n_tables, share=self.share,
-            depth=self.depth, d_input=self.input_width, top_k=self.top_k,
+            n_keys=self.n_keys, expand=self.expand, n_tables=self.n_tables, depth=self.depth,
+            d_input=self.input_width, top_k=self.top_k,
         )  # fmt: skip
         if not 0 <= self.table < self.n_tables:
             raise ValueError(f"table must be in [0, n_tables={self.n_tables}), got {self.table}")
-        _ = self.parts  # their own checks
+        super().__post_init__()
 
     @property
     def value_width(self) -> int:
@@ -82,10 +84,7 @@ class UltraMemV2Config(BesideConfig):
     @property
     def window(self) -> Window:
         """The rows that the layer sees: as many as make a square, a share of the pool."""
-        own = self.n_keys**2
-        n_rows = own * self.n_tables
-        side = math.isqrt(math.floor(self.share * n_rows))
-        return Window(self.table * own, max(side, 1) ** 2, n_rows)
+        return window_of(self.windows, self.table, self.n_tables, self.n_keys**2, self.share)
 
     def memory(self, d_key: int) -> MemoryConfig:
         """The memory with keys of that width."""
@@ -109,9 +108,11 @@ class UltraMemV2Config(BesideConfig):
             d_model=d, d_value=self.value_width, weights="raw", output="linear",
             groups=copies if self.groups == "apart" else 1, d_input=self.input_width,
         )  # fmt: skip
+        # layers whose windows begin at the same row have permutations of their own all the same
+        seed = self.table * self.n_keys**2 - self.window.offset
         return MemoryConfig(
             query=query, keys=keys, pool=pool, readout=readout, owner=self.pool,
-            expansion=ExpansionConfig(copies=copies, window=self.window),
+            expansion=ExpansionConfig(copies=copies, window=self.window, seed=seed),
         )  # fmt: skip
 
 
@@ -202,5 +203,5 @@ class UltraMemV2(nn.Module):
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
     ) -> FFNOutput:
         """x: [B, S, D]; mask: [B, S] bool. carry is not read; `stats` as `Memory.forward` says."""
-        out = self.memory(x, carry, mask)
+        out = remember(self.memory, self.config, x, mask)
         return out._replace(y=out.y + self.ffn(x, carry, mask).y)

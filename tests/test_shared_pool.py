@@ -195,6 +195,39 @@ def test_each_layer_of_a_ring_begins_at_its_own_table(share):
         assert not torch.equal(sigmas[0], sigmas[1])
 
 
+@pytest.mark.parametrize(
+    ("windows", "share", "offsets", "visible"),
+    [
+        ("ring", 0.5, [0, 16, 32, 48], 25),
+        ("clamped", 0.5, [0, 16, 32, 39], 25),  # the last begins earlier, and so does not wrap
+        ("clamped", 1.0, [0, 0, 0, 0], 64),
+        ("clamped", 0.25, [0, 16, 32, 48], 16),  # its own table alone
+        ("block", 0.5, [0, 0, 32, 32], 25),
+        ("block", 0.25, [0, 16, 32, 48], 16),
+        ("block", 1.0, [0, 0, 0, 0], 64),
+    ],
+)
+def test_where_windows_lie(windows, share, offsets, visible):
+    model = zoo.build(config({**V2, "pool": "shared", "share": share, "windows": windows})).eval()
+    found = [block.ffn.config.window for block in model.blocks]
+    assert found == [(offset, visible, 64) for offset in offsets]
+    for window, stats in zip(found, model(tokens()).stats, strict=True):
+        rows = stats["slots"].nonzero().flatten()
+        if windows != "ring":
+            assert window.offset + window.visible <= 64
+            assert ((rows >= window.offset) & (rows < window.offset + window.visible)).all()
+    sigmas = [block.ffn.memory.readout.expansion.sigma for block in model.blocks]
+    assert not any(torch.equal(a, b) for i, a in enumerate(sigmas) for b in sigmas[:i])
+
+
+@pytest.mark.parametrize("share", [0.67, 1 / 3, 0.1, 3.0])
+def test_blocks_are_equal_and_of_whole_tables(share):
+    with refused("makes no equal blocks of 4 tables: allowed are 1/1, 1/2, 1/4"):
+        config({**V2, "pool": "shared", "share": share, "windows": "block"}).layers()
+    with refused("unknown windows 'blocks'. Did you mean 'block'?"):
+        config({**V2, "pool": "shared", "share": 0.5, "windows": "blocks"}).layers()
+
+
 def test_blocks_of_layers_share_apart():
     plan = [{**V2, "pool": "early", "layers": ":2"}, {**V2, "pool": "late"}]
     model = zoo.build(config(plan))

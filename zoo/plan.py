@@ -15,7 +15,8 @@ Memory layers that say the same name of a pool share it, each with its own queri
     ffn:
       - {name: memory_plus, pool: shared, layers: [4, 12, 20]}    # one table for three layers
       - swiglu
-    ffn: {name: ultramem_v2, pool: shared, share: 0.5}            # windows round a ring of tables
+    ffn: {name: ultramem_v2, pool: shared, share: 0.5}            # windows round a ring of tables;
+                                                                  # windows: clamped | block
     ffn:                                                          # or blocks of layers
       - {name: ultramem_v2, pool: early, layers: ":12"}
       - {name: ultramem_v2, pool: late}

@@ -1,7 +1,7 @@
 """The parts of memory layers, which combine freely: query, retriever, pool, readout."""
 
 from layers.memory.core import Memory, MemoryConfig, slot_usage
-from layers.memory.expansion import Expansion, ExpansionConfig, Window
+from layers.memory.expansion import Expansion, ExpansionConfig, Window, window_of
 from layers.memory.pool import Pool, PoolConfig
 from layers.memory.query import Query, QueryConfig
 from layers.memory.readout import Readout, ReadoutConfig
@@ -26,4 +26,5 @@ __all__ = [
     "TuckerKeysConfig",
     "Window",
     "slot_usage",
+    "window_of",
 ]

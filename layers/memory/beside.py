@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from layers.base import Cost
-from layers.memory.core import MemoryConfig
-from layers.names import check_positive
+import torch
+from torch import Tensor
+
+from layers.base import Cost, FFNOutput
+from layers.memory.core import Memory, MemoryConfig
+from layers.memory.losses import BALANCES, core_penalty
+from layers.memory.tucker import TuckerKeys, TuckerKeysConfig
+from layers.names import check_choice, check_positive
 from layers.swiglu import SwiGLUConfig, default_d_ff
 
 MEMORY_SHARE = 0.17  # of a layer's FLOPs: the best of UltraMemV2's paper (memory.md 6.5)
@@ -23,12 +28,28 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BesideConfig(ABC):
-    """What a layer of an FFN and a memory settles, whatever the memory."""
+    """What a layer of an FFN and a memory with Tucker-decomposed keys settles."""
 
     d_model: int
     d_ff: int | None = None  # the layer costs the FLOPs of a swiglu so wide; None: as swiglu
     memory_share: float | None = None  # of these FLOPs, for the memory; None: 0.17
     d_key: int | None = None  # of a key of one side; None: what memory_share allows
+    core_margin: float | None = None  # tau of the loss "core_penalty" (paper: 0.15); None: none
+    key_balance: str = "none"  # loss of that name: none | paper (2 m if even) | release (2)
+
+    def __post_init__(self) -> None:
+        keys = self.parts.keys  # their own checks
+        assert isinstance(keys, TuckerKeysConfig)
+        check_choice("key_balance", self.key_balance, ("none", *BALANCES))
+        if self.key_balance != "none" and keys.search != "positive":
+            raise ValueError(
+                f"key_balance={self.key_balance!r} is of the keys of largest projections, and "
+                f"search={keys.search!r} looks at the lowest too: choose one"
+            )
+        if self.core_margin is not None and self.core_margin < 0:
+            raise ValueError(f"core_margin must not be negative, got {self.core_margin}")
+        if self.core_margin is not None and keys.rank == 1:
+            raise ValueError("core_margin is of all but the first singular value, and rank=1")
 
     @abstractmethod
     def memory(self, d_key: int) -> MemoryConfig:
@@ -56,6 +77,39 @@ class BesideConfig(ABC):
     def cost(self) -> Cost:
         """One token's cost."""
         return self.ffn.cost().within("ffn.") + self.parts.cost().within("memory.")
+
+
+def remember(memory: Memory, config: BesideConfig, x: Tensor, mask: Tensor | None) -> FFNOutput:
+    """The memory's output and, in training, the losses that the config asks for, unweighted.
+
+    x: [B, S, D]; mask: [B, S] bool, True where a token is real. Losses: `layers.memory.losses`.
+    """
+    if not memory.training or (config.key_balance == "none" and config.core_margin is None):
+        return memory(x, mask=mask)
+    keys, losses = memory.keys, {}
+    assert isinstance(keys, TuckerKeys)
+    if config.key_balance == "none":
+        out = memory(x, mask=mask)
+    else:
+        y, losses["key_balance"] = _balanced(memory, keys, config.key_balance, x, mask)
+        out = FFNOutput(y)
+    if config.core_margin is not None:
+        losses["core_penalty"] = core_penalty(keys.cores.sum(0), config.core_margin)
+    return out._replace(losses=losses)
+
+
+def _balanced(
+    memory: Memory, keys: TuckerKeys, form: str, x: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `Memory.forward` gives in training, and the balance loss of the search."""
+    real = None if mask is None else mask.flatten()
+    x = x if mask is None else x.masked_fill(~mask[..., None], 0)
+    queries = memory.query(x, mask)
+    with torch.autocast(x.device.type, enabled=False):
+        hits, loss = keys.balanced(queries, form, real)
+    y = memory.readout(x.flatten(0, 1), hits, memory.values())[0].view(x.shape)
+    y = y if mask is None else y.masked_fill(~mask[..., None], 0)
+    return y.type_as(x), loss
 
 
 def split(

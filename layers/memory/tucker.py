@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.base import Cost, WeightCost
+from layers.memory.losses import key_balance
 from layers.memory.norms import make_norm, norm_cost
 from layers.memory.retriever import Hits, check_top_k
 from layers.memory.selection import top_ids
@@ -114,16 +115,24 @@ class TuckerKeys(nn.Module):
 
     def forward(self, queries: Tensor) -> Hits:
         """queries: [T, 2 r, d_key], the ranks of a side beside one another; or [T, 2, d_key]."""
-        c = self.config
         rows, cols = self._projections(queries)
         with torch.no_grad():
-            u, t = leading_pair(self.cores.sum(0).to(queries.dtype))
-            best_rows, best_cols = self._search(rows, cols, u, t)
-        at_rows = [s.gather(-1, best_rows) for s in rows]
-        at_cols = [s.gather(-1, best_cols) for s in cols]
-        cores = self.cores.to(queries.dtype)
-        scores = torch.stack([rescore(core, at_rows, at_cols) for core in cores], 1)
-        return Hits(best_rows * c.n_keys + best_cols, scores)
+            found = self._looked_at(*self._along(rows, cols))
+        return self._kept(rows, cols, found)
+
+    def balanced(
+        self, queries: Tensor, form: str, mask: Tensor | None = None
+    ) -> tuple[Hits, Tensor]:
+        """As `forward`, and the balance loss of the keys that were looked at, both sides' added up.
+
+        queries: as in `forward`; form, mask [T]: as in `layers.memory.losses.key_balance`.
+        """
+        rows, cols = self._projections(queries)
+        along = self._along(rows, cols)
+        found = self._looked_at(*along)
+        sides = zip(along, found[0], strict=True)
+        loss = torch.stack([key_balance(side, ids, form, mask) for side, ids in sides]).sum()
+        return self._kept(rows, cols, found), loss
 
     @torch.no_grad()
     def exhaustive(self, queries: Tensor) -> Tensor:
@@ -149,18 +158,44 @@ class TuckerKeys(nn.Module):
             scores = scores.view(2, t, c.rank, c.heads, c.n_keys).transpose(1, 2)
         return scores[0].unbind(0), scores[1].unbind(0)
 
+    def _along(self, rows: Sequence[Tensor], cols: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """u^T S_row and t^T S_col, [T, H, n] each, without gradients of u and t."""
+        with torch.no_grad():
+            u, t = leading_pair(self.cores.sum(0).to(rows[0].dtype))
+        by_row, by_col = (
+            sum((v[:, a, None] * s for a, s in enumerate(side)), start=torch.zeros_like(side[0]))
+            for v, side in ((u, rows), (t, cols))
+        )
+        return by_row, by_col
+
+    def _looked_at(self, by_row: Tensor, by_col: Tensor) -> list[list[Tensor]]:
+        """The keys of either side whose pairs are scored, [T, H, m_sub]; signed: and the lowest."""
+        k = self.config.looks_at
+        found = [[top_ids(by_row, k), top_ids(by_col, k)]]
+        if self.config.search == "signed":
+            found.append([top_ids(-by_row, k), top_ids(-by_col, k)])
+        return found
+
+    def _kept(
+        self, rows: Sequence[Tensor], cols: Sequence[Tensor], found: list[list[Tensor]]
+    ) -> Hits:
+        """The best pairs of the keys found, scored by each core."""
+        with torch.no_grad():
+            best_rows, best_cols = self._search(rows, cols, found)
+        at_rows = [s.gather(-1, best_rows) for s in rows]
+        at_cols = [s.gather(-1, best_cols) for s in cols]
+        cores = self.cores.to(rows[0].dtype)
+        scores = torch.stack([rescore(core, at_rows, at_cols) for core in cores], 1)
+        return Hits(best_rows * self.config.n_keys + best_cols, scores)
+
     def _search(
-        self, rows: Sequence[Tensor], cols: Sequence[Tensor], u: Tensor, t: Tensor
+        self, rows: Sequence[Tensor], cols: Sequence[Tensor], found: list[list[Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """The keys of the chosen pairs, best first: [T, H, K] int64 each. u, t: [H, r]."""
+        """The keys of the chosen pairs, best first: [T, H, K] int64 each."""
         c = self.config
-        core = self.cores.sum(0).to(u.dtype)
-        along = [sum(u[:, a, None] * s for a, s in enumerate(rows)),
-                 sum(t[:, a, None] * s for a, s in enumerate(cols))]  # fmt: skip
-        found = [[top_ids(s, c.looks_at) for s in along]]  # type: ignore[arg-type]
+        core = self.cores.sum(0).to(rows[0].dtype)
         blocks = [outer_scores(core, rows, cols, *found[0])]
         if c.search == "signed":
-            found.append([top_ids(-s, c.looks_at) for s in along])  # type: ignore[operator]
             twice = [_among(new, old) for new, old in zip(found[1], found[0], strict=True)]
             twice = twice[0][..., :, None] & twice[1][..., None, :]
             block = outer_scores(core, rows, cols, *found[1])
