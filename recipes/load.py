@@ -14,6 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from layers.names import check_positive
 from recipes.keys import check_keys, one_line, type_error
+from recipes.nested import check_nested
 from recipes.optim import check_optim
 from recipes.schema import Recipe
 from recipes.synthetic import check_task
@@ -175,6 +176,7 @@ def check(recipe: Recipe) -> None:
             f"got {recipe.model.max_seq_len}"
         )
     recipe.model.layers()
+    check_nested(recipe)
     how = (trainer.devices, trainer.expert_parallel, trainer.strategy, trainer.table_parallel)
     if how != (1, 1, "auto", "none"):
         from recipes.parallel import check_parallel  # as heavy as lightning

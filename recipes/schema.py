@@ -99,6 +99,34 @@ class ProbesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NestedConfig:
+    """Which granularities of nested FFNs (matformer, moe) a step trains; recipes/nested.py."""
+
+    # sample: one, drawn; joint: all, on the same batch; sandwich: widest, narrowest, one drawn
+    mode: Literal["sample", "joint", "sandwich"] = "sample"
+    probabilities: tuple[float, ...] = ()  # of each granularity, narrowest first; empty: alike
+    reduction: Literal["sum", "mean"] = "sum"  # of the losses of joint and sandwich
+    distill: float = 0.0  # weight of KL(widest || narrower) in a step's narrower passes
+
+    def __post_init__(self) -> None:
+        if any(p <= 0 for p in self.probabilities) or (
+            self.probabilities and abs(sum(self.probabilities) - 1) > 1e-3
+        ):
+            raise ValueError(
+                "nested.probabilities must be positive and sum to 1, "
+                f"got {list(self.probabilities)}"
+            )
+        if self.probabilities and self.mode == "joint":
+            raise ValueError("nested.probabilities have no use in mode joint, which draws nothing")
+        if self.distill < 0:
+            raise ValueError(f"nested.distill must not be negative, got {self.distill}")
+        if self.distill and self.mode == "sample":
+            raise ValueError(
+                "nested.distill needs the widest in every step: take mode joint or sandwich"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run, whole."""
 
@@ -112,3 +140,4 @@ class Recipe:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     prior_teacher: str | None = None  # a dense run whose FFNs teach factor_llm's routers
     probes: ProbesConfig | None = None  # off
+    nested: NestedConfig | None = None  # None: nested FFNs train as the widest alone

@@ -10,6 +10,7 @@ from torch.optim import AdamW
 import zoo
 from recipes.batches import Batch
 from recipes.metrics import Evaluation, on_device, token_nats
+from recipes.nested import Nesting, Pass, distilled
 from recipes.optim import build_optimizer, build_schedule
 from recipes.parallel import LocalAdamW, clip_gradients
 from recipes.schema import Recipe
@@ -51,26 +52,42 @@ class LanguageModelTask(pl.LightningModule):
         super().__init__()
         self.recipe, self.domains = recipe, domains
         self.model = build_model(recipe)
-        if recipe.trainer.compile:
+        self.nesting = None if recipe.nested is None else Nesting(recipe)
+        if recipe.trainer.compile and self.nesting is not None:
+            self.nesting.compile(self.model)
+        elif recipe.trainer.compile:
             self.model.compile()
         self._sharded = False
         self._evaluation: Evaluation | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """`loss` to minimise; detached: `nats` summed, `losses` unweighted, `stats` by layer."""
-        output = self.model(batch.tokens, mask=batch.mask)
-        nats = token_nats(output.logits, batch.targets)  # [B, S]
-        judged = batch.judged
-        if judged is not None:
-            nats = nats * judged
-        ce = nats.mean() if judged is None else nats.sum() / judged.sum()
-        loss = sum(weighted(output.losses, self.recipe.loss_weights), start=ce)
+        if self.nesting is None:
+            done = self._pass(batch)
+        else:
+            done = self.nesting.run(self.global_step, lambda **part: self._pass(batch, **part))
         return {
-            "loss": loss,
-            "nats": nats.detach().sum(dtype=torch.float64),
-            "losses": {name: value.detach() for name, value in output.losses.items()},
-            "stats": output.stats,
+            "loss": done.loss,
+            "nats": done.nats.sum(dtype=torch.float64),
+            "losses": done.losses,
+            "stats": done.stats,
         }
+
+    def _pass(self, batch: Batch, teacher: Tensor | None = None, **part: Any) -> Pass:
+        """One forward and its loss; part: as the model takes it; teacher: logits to learn from."""
+        output = self.model(batch.tokens, mask=batch.mask, **part)
+        nats, judged = token_nats(output.logits, batch.targets), batch.judged  # [B, S]
+
+        def mean(x: Tensor) -> Tensor:
+            return x.mean() if judged is None else (x * judged).sum() / judged.sum()
+
+        loss = sum(weighted(output.losses, self.recipe.loss_weights), start=mean(nats))
+        if teacher is not None:
+            assert self.recipe.nested is not None
+            loss = loss + self.recipe.nested.distill * mean(distilled(output.logits, teacher))
+        detached = {name: value.detach() for name, value in output.losses.items()}
+        nats = nats.detach() if judged is None else nats.detach() * judged
+        return Pass(loss, output.logits, nats, detached, output.stats)
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int

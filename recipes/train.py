@@ -21,7 +21,7 @@ from recipes.callbacks import (
     check_checkpoint,
 )
 from recipes.controllers import controller_callbacks
-from recipes.costing import run_cost, whole_model_cost
+from recipes.costing import run_cost, training_flops, whole_model_cost
 from recipes.curve import Curve, Diverged, final_evaluation
 from recipes.data import TextData
 from recipes.initial import begin_from, check_begun, init_sha256
@@ -46,6 +46,7 @@ from recipes.runtime import interruptible, settings
 from recipes.schema import Recipe
 from recipes.stability import diverged_at, spikes
 from recipes.task import LanguageModelTask
+from recipes.widths import final_widths
 from zoo.generate import generate
 from zoo.parallel import whole
 from zoo.pretrained import own_tensors
@@ -143,7 +144,7 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
     if not resumed:
         begin_from(recipe, task.model)
     cost = whole_model_cost(recipe)
-    curve = _curve(recipe, data, cost)
+    curve = _curve(recipe, data)
     probes = probe_callbacks(recipe, out)
     trainer = lean_trainer(recipe, out, [
         SeedEachBatch(recipe.seed),
@@ -165,7 +166,7 @@ def _train(recipe: Recipe, out: Path, variant: str, run_id: str | None) -> dict[
     return _finish(recipe, out, task, data, curve, cost, run_id, variant, about)
 
 
-def _curve(recipe: Recipe, data: TextData, cost: Cost) -> Curve:
+def _curve(recipe: Recipe, data: TextData) -> Curve:
     trainer = recipe.trainer
     sequences = recipe.data.batch_size * n_data(trainer) * trainer.accumulate
     tokens = sequences * recipe.data.seq_len
@@ -174,7 +175,7 @@ def _curve(recipe: Recipe, data: TextData, cost: Cost) -> Curve:
         log_every=trainer.log_every_steps,
         eval_every=trainer.eval_every_steps,
         tokens=tokens,
-        flops=tokens * cost.training_flops,
+        flops=tokens * training_flops(recipe),
         n_data=n_data(trainer),
     )
 
@@ -231,7 +232,9 @@ def _finish(
         **about,
         steps=steps,
         tokens=steps * curve.tokens,
-        cost=run_cost(cost, tied=recipe.model.tie_embeddings),
+        cost=run_cost(
+            cost, tied=recipe.model.tie_embeddings, training_flops=training_flops(recipe)
+        ),
         speed=Speed(
             tokens_per_s=curve.tokens_per_s(),
             train_s=curve.train_s,
@@ -266,6 +269,7 @@ def _outcome(task: LanguageModelTask, data: TextData, curve: Curve) -> dict[str,
             "load": evaluation.load.loads(),
             "health": evaluation.health.layers(),
             "memory": evaluation.memory.layers(),
+            "widths": final_widths(task, data),
             "losses": evaluation.losses,
             "sample": sample(task, data),
             "sharpness": evaluation.sharpness.value(),

@@ -13,6 +13,7 @@ from layers.names import check_choice
 from recipes.report.layer_records import LayerHealth, LayerLoad, LayerMemory
 from recipes.report.probe_records import ProbedStep
 from recipes.report.strict import Measured, read_as
+from recipes.report.width_records import Submodel
 
 SCHEMA = 1
 Budget = Literal["active_flops", "flops", "params", "active_params", "weight_bytes"]
@@ -102,6 +103,7 @@ class Run:
     load: tuple[LayerLoad, ...] = ()  # one per MoE layer
     health: tuple[LayerHealth, ...] = ()  # one per MoE layer whose router was seen
     memory: tuple[LayerMemory, ...] = ()  # one per memory layer
+    widths: tuple[Submodel, ...] = ()  # of nested training, the narrowest first
     losses: dict[str, float] = field(default_factory=dict)  # unweighted, e.g. "balance"
     sample: Sample | None = None
     sharpness: float | None = None  # as of a Point
