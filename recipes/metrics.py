@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from layers.base import Routing
+from layers.loop_predictor import Loops
 from recipes.accuracy import Accuracy
 from recipes.batches import Batch
 from recipes.choices import ChoiceLog
 from recipes.health import RouterHealth, routers_of, watched
+from recipes.loop_health import LoopHealth, looped
 from recipes.memory_health import MemoryHealth, Search, searched
 from recipes.ranks import meaned
 from recipes.report.layer_records import LayerLoad
@@ -151,6 +153,7 @@ class Evaluation:
         self.health = RouterHealth(routers_of(model), {k: len(of) for k, of in names.items()})
         self.choices = ChoiceLog()
         self.memory = MemoryHealth(model, domains)
+        self.loops = LoopHealth(model, domains)
         for metric in (
             self.bpb,
             self.accuracy,
@@ -159,6 +162,7 @@ class Evaluation:
             self.health,
             self.choices,
             self.memory,
+            self.loops,
         ):
             metric.process_group = group
         self._losses: dict[str, float] = {}
@@ -166,7 +170,7 @@ class Evaluation:
 
     def update(
         self, output: Any, batch: Batch, seen: Mapping[int, Routing] | None = None,
-        searches: Mapping[int, Search] | None = None,
+        searches: Mapping[int, Search] | None = None, loops: Mapping[int, Loops] | None = None,
     ) -> None:  # fmt: skip
         """Add the model's output for one batch.
 
@@ -174,6 +178,7 @@ class Evaluation:
         neither health nor choices.
         searches: of memory layers, as `recipes.memory_health.searched` gives them; without them
         there is no recall.
+        loops: of layers that loop, as `recipes.loop_health.looped` gives them.
         """
         self.bpb.update(token_nats(output.logits, batch.targets), batch)
         self.accuracy.update(output.logits, batch)
@@ -182,6 +187,7 @@ class Evaluation:
         self.health.update(seen or {}, batch.mask)
         self.choices.update(seen or {}, batch)
         self.memory.update(output.stats, searches or {}, batch.domain, batch.mask)
+        self.loops.update(loops or {}, batch)
         n = batch.targets.numel() if batch.mask is None else int(batch.mask.sum())
         self._tokens += n
         for name, loss in output.losses.items():
@@ -211,12 +217,15 @@ def evaluate(
     training = model.training
     device = next(model.parameters()).device
     model.eval()
-    with torch.no_grad(), watched(model) as seen, searched(model) as searches:
+    seeing = watched(model), searched(model), looped(model)
+    with torch.no_grad(), seeing[0] as seen, seeing[1] as searches, seeing[2] as loops:
         for batch in batches:
             batch = on_device(batch, device)
             seen.clear()
             searches.clear()
-            evaluation.update(model(batch.tokens, mask=batch.mask), batch, seen, searches)
+            loops.clear()
+            output = model(batch.tokens, mask=batch.mask)
+            evaluation.update(output, batch, seen, searches, loops)
     model.train(training)
     return evaluation
 
