@@ -18,6 +18,7 @@ from recipes import load, record
 from recipes.costing import run_cost, whole_model_cost
 from recipes.curve import final_evaluation
 from recipes.data import TextData
+from recipes.loop_health import words_of
 from recipes.metrics import Evaluation
 from recipes.names import ffn_label
 from recipes.quantize import read_model
@@ -189,6 +190,7 @@ def _run_result(
         "load": [asdict(layer) for layer in after.load.loads()],
         "health": [asdict(layer) for layer in after.health.layers()],
         "memory": [asdict(layer) for layer in after.memory.layers()],
+        "loops": [asdict(layer) for layer in after.loops.layers(words_of(recipe.data))],
         "losses": after.losses,
         "sharpness": after.sharpness.value(),
         "curve": [],

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from layers.base import Cost
 from recipes import load, record
 from recipes.costing import run_cost, whole_model_cost
+from recipes.loop_health import words_of
 from recipes.metrics import Evaluation
 from recipes.task import LanguageModelTask
 from zoo.precision import policy_of
@@ -68,6 +69,7 @@ def _run_result(
         "load": [asdict(layer) for layer in after.load.loads()],
         "health": [asdict(layer) for layer in after.health.layers()],
         "memory": [asdict(layer) for layer in after.memory.layers()],
+        "loops": [asdict(layer) for layer in after.loops.layers(words_of(made.recipe.data))],
         "losses": after.losses,
         "curve": [],
         "sample": None,

@@ -26,6 +26,7 @@ from recipes.curve import Curve, Diverged, final_evaluation
 from recipes.data import TextData
 from recipes.initial import begin_from, check_begun, init_sha256
 from recipes.launch import launch
+from recipes.loop_health import words_of
 from recipes.names import ffn_label, precision_label
 from recipes.parallel import strategy_of
 from recipes.precision_callbacks import precision_callbacks
@@ -269,6 +270,7 @@ def _outcome(task: LanguageModelTask, data: TextData, curve: Curve) -> dict[str,
             "load": evaluation.load.loads(),
             "health": evaluation.health.layers(),
             "memory": evaluation.memory.layers(),
+            "loops": evaluation.loops.layers(words_of(task.recipe.data)),
             "widths": final_widths(task, data),
             "losses": evaluation.losses,
             "sample": sample(task, data),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layers.names import check_choice
+from recipes.report.depth_records import LayerLoops
 from recipes.report.layer_records import LayerHealth, LayerLoad, LayerMemory
 from recipes.report.probe_records import ProbedStep
 from recipes.report.strict import Measured, read_as
@@ -103,6 +104,7 @@ class Run:
     load: tuple[LayerLoad, ...] = ()  # one per MoE layer
     health: tuple[LayerHealth, ...] = ()  # one per MoE layer whose router was seen
     memory: tuple[LayerMemory, ...] = ()  # one per memory layer
+    loops: tuple[LayerLoops, ...] = ()  # one per layer that loops by its tokens
     widths: tuple[Submodel, ...] = ()  # of nested training, the narrowest first
     losses: dict[str, float] = field(default_factory=dict)  # unweighted, e.g. "balance"
     sample: Sample | None = None

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from recipes.report import bars, figures, heat, tables
+from recipes.report.depth import depth
 from recipes.report.domains import domain_table
 from recipes.report.figures import Figure, plot
 from recipes.report.frontier import frontier
@@ -15,6 +16,7 @@ from recipes.report.provenance import provenance
 from recipes.report.stability import stability
 from recipes.report.study import Group, Study
 from recipes.report.text import Markup, anchor, el, folded, join, lead, swatch
+from recipes.report.widths import widths
 
 DASH_ARRAYS = {
     "solid": None, "dash": "6 4", "dot": "1.5 4", "dashdot": "7 4 1.5 4",
@@ -47,6 +49,8 @@ def sections(study: Study) -> list[Section]:
         ("Expert load", _load(study)),
         ("Router health", health(study, legend(study))),
         ("Memory", memory(study, legend(study))),
+        ("Depth", depth(study, legend(study))),
+        ("Widths", widths(study, legend(study))),
         ("Domains", _domains(study)),
         ("Samples", _samples(study)),
         ("Cost by role", _roles(study)),
