@@ -163,7 +163,7 @@ class TuckerKeys(nn.Module):
         with torch.no_grad():
             u, t = leading_pair(self.cores.sum(0).to(rows[0].dtype))
         by_row, by_col = (
-            sum((v[:, a, None] * s for a, s in enumerate(side)), start=torch.zeros_like(side[0]))
+            sum((v[:, a, None] * side[a] for a in range(1, len(side))), start=v[:, :1] * side[0])
             for v, side in ((u, rows), (t, cols))
         )
         return by_row, by_col
