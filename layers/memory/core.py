@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from layers.base import Cost, FFNOutput
 from layers.dispatch import count_experts, is_decoding
+from layers.memory.decode import find, read
 from layers.memory.expansion import ExpansionConfig
 from layers.memory.pool import OWNERS, Pool, PoolConfig
 from layers.memory.query import Query, QueryConfig
@@ -89,15 +90,19 @@ class Memory(nn.Module):
         if mask is not None:  # whatever stands there, NaN included
             x = x.masked_fill(~mask[..., None], 0)
         tokens = x.flatten(0, 1)
-        queries = self.query(x, mask)
-        with _without_autocast(queries):
-            hits = self.keys(queries)
-        y, rows = self.readout(tokens, hits, self.values())
+        decoding, pool = is_decoding(tokens), self.values()
+        hits = find(tokens, self.query, self.keys) if decoding else None
+        if hits is None:
+            queries = self.query(x, mask)
+            with _without_autocast(queries):
+                hits = self.keys(queries)
+        done = read(tokens, hits, self.readout, pool) if decoding else None
+        y, rows = self.readout(tokens, hits, pool) if done is None else done
         y = y.view(x.shape)
         if mask is not None:  # norms and projections have biases
             y = y.masked_fill(~mask[..., None], 0)
         stats = None
-        if not self.training and not is_decoding(tokens):
+        if not self.training and not decoding:
             real = None if mask is None else mask.flatten()
             stats = {"slots": count_experts(rows, self.config.pool.n_rows, real)}
         return FFNOutput(y.type_as(x), stats=stats)

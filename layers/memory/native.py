@@ -31,8 +31,9 @@ def wanted(scores: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _places(places: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
-    return torch.tensor(places, dtype=torch.int32)
+def as_places(pairs: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    """Pairs of places as the kernels read them, [2, pairs] int32."""
+    return torch.tensor(pairs, dtype=torch.int32, device="cpu")
 
 
 def product_top_k(
@@ -41,7 +42,7 @@ def product_top_k(
     """As `layers.memory.selection.product_top_k`, for the pairs of places given."""
     shape, n = rows.shape, rows.shape[-1]
     rows, cols = (s.reshape(-1, n).contiguous() for s in (rows, cols))
-    ij = _places(places)
+    ij = as_places(places)
     slots = torch.empty(rows.shape[0], k, dtype=torch.int64)
     job = Job(
         rows.data_ptr(), cols.data_ptr(), ij[0].data_ptr(), ij[1].data_ptr(), slots.data_ptr(),

@@ -102,14 +102,17 @@ class Readout(nn.Module):
         if self.expansion is not None:
             rows, groups = self.expansion(rows)
         weights = WEIGHTS[self.config.weights](hits.scores).flatten(2)  # [T, C, H K]
-        y = self._pooled(x, rows, weights, groups, pool)
+        return self.finish(x, self._pooled(x, rows, weights, groups, pool)), rows
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """What follows the pool. x: [T, D]; y: [T, groups * d_value]. Returns [T, D]."""
         if self.gate is not None:
             y = y * F.silu(self.gate(x))
         if self.output is not None:
             y = self.output(y)
         if self.scalar is not None:
             y = y * torch.sigmoid(self.scalar(x))
-        return y, rows
+        return y
 
     def _pooled(
         self, x: Tensor, rows: Tensor, weights: Tensor, groups: Tensor | None, pool: Pool
