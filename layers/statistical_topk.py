@@ -58,8 +58,9 @@ def statistical_topk(
         n = x.shape[dim]
         if k >= n:
             return x
-        z: float | Tensor = quantile(k, n) if table is None else table[n]
+        z: float | Tensor = _quantile_here(k, n, x.device) if table is None else table[n]
     else:
+        mask = mask[(None,) * (x.dim() - mask.dim())]
         n = mask.sum(dim, keepdim=True) * (x.shape[dim] // mask.shape[dim])
         z = quantiles(k, n) if table is None else table[n]
     return above(
@@ -94,10 +95,16 @@ def exact_topk(
     return y.movedim(-1, dim)
 
 
-@torch.compiler.assume_constant_result
 def quantile(k: float, n: int) -> float:
     """z = Q(1 - k / n), -inf for k >= n."""
     return NormalDist().inv_cdf(1 - k / n) if k < n else float("-inf")
+
+
+def _quantile_here(k: float, n: int, device: torch.device) -> float | Tensor:
+    """`quantile`; in a graph that is compiled, which cannot look into `NormalDist`, as a tensor."""
+    if torch.compiler.is_compiling():
+        return quantiles(k, torch.full((), n, device=device))
+    return quantile(k, n)
 
 
 def quantiles(k: float, n: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ PARTS = {  # files that hold parts or interfaces, not a row of the catalogue
         "scheduled",
         "selection",
         "sparse_rows",
+        "spark_decode",
         "statistical_topk",
     },
     "routers": {"balance", "conventions", "groups", "importance", "scores", "state"},

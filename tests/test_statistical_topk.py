@@ -227,6 +227,9 @@ def test_a_mask_that_broadcasts():
     mask = torch.ones(30, 30, dtype=torch.bool).tril()[[5, 12, 20, 29]]
     expected = torch.stack([statistical_topk(part, 8, mask=mask) for part in x])
     assert_close(statistical_topk(x, 8, mask=mask), expected)
+    assert_close(statistical_topk(x, 8, mask=mask, dim=2), expected)
+    columns = statistical_topk(x, 2, mask=torch.ones(4, 1, dtype=torch.bool), dim=1)
+    assert_close(columns, statistical_topk(x, 2, dim=1), atol=2e-6, rtol=0)
 
 
 @each_operator

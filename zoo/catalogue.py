@@ -9,6 +9,7 @@ from layers.moe_plus_plus import PRESETS, MoEPlusPlus, MoEPlusPlusConfig
 from layers.peer import PEER, PEERConfig
 from layers.pkm import PKM, PKMConfig
 from layers.soft_moe import SoftMoE, SoftMoEConfig
+from layers.spark_ffn import SparkFFN, SparkFFNConfig
 from layers.spt_ffn import SPTFFN, SPTFFNConfig
 from layers.swiglu import SwiGLU, SwiGLUConfig
 from layers.ultramem import UltraMem, UltraMemConfig
@@ -99,6 +100,12 @@ FFNS = (
         summary="one FFN as virtual experts in width and as a loop in depth, by difficulty",
         paper="arXiv:2512.14531", aliases=("versatile",),
         tiny={"d_model": 32, "d_ff": 64, "n_experts": 4, "top_k": 2, "max_loops": 3},
+    ),
+    Entry(
+        name="spark_ffn", module=SparkFFN, config=SparkFFNConfig, width="d_ff",
+        summary="part of the input chooses some neurons, by a threshold of mean and deviation",
+        paper="arXiv:2506.06644", aliases=("spark",),
+        tiny={"d_model": 32, "d_ff": 96},
     ),
     Entry(
         name="pkm", module=PKM, config=PKMConfig, width="d_key",
