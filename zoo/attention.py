@@ -18,7 +18,7 @@ class AttentionConfig(HeadsConfig):
     """Sizes and options of one attention layer."""
 
     def cost(self, seq_len: int, *, causal: bool = True) -> Cost:
-        """One token of a sequence of `seq_len`; `causal` as in `zoo.model.model_cost`."""
+        """As `HeadsConfig.cost` says."""
         seen = self.keys_seen(seq_len, causal)
         softmax = 5 * self.n_heads * seen  # scale, subtract, exp, sum, divide
         scores = WeightCost(

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from layers.base import WeightCost
+from layers.base import Cost, WeightCost
 from layers.linear import Linear
 from layers.names import check_positive
 from layers.norm import RMSNorm
@@ -81,6 +81,10 @@ class HeadsConfig:
     def rope(self, start: int, length: int, base: float, device: torch.device) -> Rope:
         """Tables of the positions start, start + 1, ..., as this mixer turns by them."""
         return rope_tables(start, length, self.d_head, base, device)
+
+    def cost(self, seq_len: int, *, causal: bool = True) -> Cost:
+        """One token of a sequence of `seq_len`; `causal` as in `zoo.model.model_cost`."""
+        raise NotImplementedError
 
     def keys_seen(self, seq_len: int, causal: bool) -> float:
         """Keys a query, mean over a sequence; `causal` as in `zoo.model.model_cost`."""

@@ -12,9 +12,9 @@ from layers.linear import Linear
 from layers.names import check_positive
 from layers.norm import RMSNorm
 from layers.replay import checkpoint_contexts
-from zoo.attention import Attention
 from zoo.block import Block, BlockOutput, Branch, Context
 from zoo.cache import KVCache
+from zoo.mixers import build_mixer
 from zoo.model_config import ModelConfig
 from zoo.pools import build_pools, draw_pools, pools_cost
 from zoo.precision import set_precision
@@ -193,12 +193,12 @@ def _recomputed(block: nn.Module, *inputs: Any) -> BlockOutput:
 
 
 def _block(config: ModelConfig, choice: Choice, pools: nn.ModuleDict) -> Block:
-    """The block of one layer: pre-norm attention, then the layer's FFN."""
+    """The block of one layer: the pre-normed mixer, then the layer's FFN."""
     pool = None if choice.pool is None else pools[choice.pool]
     attention_norm, ffn_norm = (RMSNorm(config.d_model, config.norm_eps) for _ in range(2))
     return Block(
         [
-            Branch("attention", Attention(config.attention), attention_norm, mixes=True),
+            Branch("attention", build_mixer(config.attention), attention_norm, mixes=True),
             Branch("ffn", choice.build(pool), None if choice.entry.own_norm else ffn_norm),
         ]
     )

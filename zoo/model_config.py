@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from layers.names import check_positive, unknown
-from zoo.attention import AttentionConfig
+from zoo.heads import HeadsConfig
+from zoo.mixers import mixer_config
 from zoo.plan import MISSING, LayerChoice, check_router, layer_choices
 from zoo.pools import pool_configs, pool_name, refuse_placed, shared_options
 from zoo.registry import Choice, find, resolve
@@ -28,6 +29,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head reads the embedding's weight
     norm_eps: float = 1e-6
     init_std: float | None = None  # of embedding and head; None: 1 / sqrt(d_model), unit logits
+    mixer: Any = "attention"  # of every layer: a name, or a mapping with its options; zoo.mixers
     ffn: Any = MISSING  # see zoo.plan
     router: Any = None  # in place of the default router of every layer that routes
     allow_noncausal: bool = False  # let training read later tokens (expert choice, Soft MoE)
@@ -59,13 +61,14 @@ class ModelConfig:
         return self.d_model**-0.5 if self.init_std is None else self.init_std
 
     @property
-    def attention(self) -> AttentionConfig:
-        """What each layer's attention is built from.
+    def attention(self) -> HeadsConfig:
+        """What each layer's mixer is built from.
 
         The matrix that writes into the residual stream starts smaller by 1 / sqrt(2 n_layers), so
         that the stream's variance does not grow with depth (GPT-2). FFNs draw their own weights.
         """
-        return AttentionConfig(
+        return mixer_config(
+            self.mixer,
             d_model=self.d_model,
             n_heads=self.n_heads,
             n_kv_heads=self.n_heads if self.n_kv_heads is None else self.n_kv_heads,
