@@ -19,6 +19,7 @@ from layers.loop_predictor import Loops
 from recipes.accuracy import Accuracy
 from recipes.batches import Batch
 from recipes.choices import ChoiceLog
+from recipes.density import Density
 from recipes.health import RouterHealth, routers_of, watched
 from recipes.loop_health import LoopHealth, looped
 from recipes.memory_health import MemoryHealth, Search, searched
@@ -154,6 +155,7 @@ class Evaluation:
         self.choices = ChoiceLog()
         self.memory = MemoryHealth(model, domains)
         self.loops = LoopHealth(model, domains)
+        self.density = Density(model, domains)
         for metric in (
             self.bpb,
             self.accuracy,
@@ -163,6 +165,7 @@ class Evaluation:
             self.choices,
             self.memory,
             self.loops,
+            self.density,
         ):
             metric.process_group = group
         self._losses: dict[str, float] = {}
@@ -188,6 +191,7 @@ class Evaluation:
         self.choices.update(seen or {}, batch)
         self.memory.update(output.stats, searches or {}, batch.domain, batch.mask)
         self.loops.update(loops or {}, batch)
+        self.density.update(output.stats, batch.domain)
         n = batch.targets.numel() if batch.mask is None else int(batch.mask.sum())
         self._tokens += n
         for name, loss in output.losses.items():

@@ -69,6 +69,7 @@ def _run_result(
         "load": [asdict(layer) for layer in after.load.loads()],
         "health": [asdict(layer) for layer in after.health.layers()],
         "memory": [asdict(layer) for layer in after.memory.layers()],
+        "density": [asdict(layer) for layer in after.density.layers()],
         "loops": [asdict(layer) for layer in after.loops.layers(words_of(made.recipe.data))],
         "losses": after.losses,
         "curve": [],

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from recipes.choices import Choices, agreement
+from recipes.density import sparse_layers
 from recipes.loop_health import predictors_of
 from recipes.memory_health import memories_of
 from recipes.metrics import Evaluation, expert_names
+from recipes.report.density_records import LayerDensity
 from recipes.report.depth_records import LayerLoops
 from recipes.report.layer_records import LayerHealth, LayerLoad, LayerMemory
 
@@ -23,6 +25,7 @@ LOAD_KEYS = (
 )  # fmt: skip
 HEALTH_KEYS = ("confidence", "token_entropy", "margin", "information", "near_ties", "logit_rms")
 SETTLED_KEYS = ("kept", "jaccard")  # choices, since the evaluation before
+DENSITY_KEYS = ("active", "over_target")
 LOOP_KEYS = ("mean", "width")
 MEMORY_KEYS = ("used", "kl", "domain_information", "recall", "core_gap")
 
@@ -49,6 +52,7 @@ class RouterRows:
         row = means("load", LOAD_KEYS, found.load.loads())
         row |= means("router", HEALTH_KEYS, found.health.layers())
         row |= means("memory", MEMORY_KEYS, found.memory.layers())
+        row |= means("density", DENSITY_KEYS, found.density.layers())
         row |= means("loops", LOOP_KEYS, found.loops.layers())
         if now is not None:
             row |= {f"router/{k}": v for k, v in zip(SETTLED_KEYS, settled, strict=True)}
@@ -58,6 +62,7 @@ class RouterRows:
 def router_keys(model: nn.Module) -> list[str]:
     """The keys of an evaluated row; none where nothing routes and nothing is looked up."""
     keys = [f"memory/{key}" for key in MEMORY_KEYS] if memories_of(model) else []
+    keys += [f"density/{key}" for key in DENSITY_KEYS] if sparse_layers(model) else []
     keys += [f"loops/{key}" for key in LOOP_KEYS] if predictors_of(model) else []
     if expert_names(model):
         keys += [f"load/{key}" for key in LOAD_KEYS]
@@ -68,7 +73,7 @@ def router_keys(model: nn.Module) -> list[str]:
 def means(
     part: str,
     keys: Sequence[str],
-    layers: Sequence[LayerLoad | LayerHealth | LayerMemory | LayerLoops],
+    layers: Sequence[LayerLoad | LayerHealth | LayerMemory | LayerLoops | LayerDensity],
 ) -> Row:
     """Each figure over the layers that have it; None where none has."""
     row: Row = {}
@@ -103,7 +108,7 @@ def router_figures(row: Row) -> dict[str, float]:
     return {
         name: value
         for name, value in row.items()
-        if name.startswith(("load/", "router/", "memory/", "loops/"))
+        if name.startswith(("load/", "router/", "memory/", "loops/", "density/"))
         and value is not None
         and isfinite(value)
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layers.names import check_choice
+from recipes.report.density_records import LayerDensity
 from recipes.report.depth_records import LayerLoops
 from recipes.report.layer_records import LayerHealth, LayerLoad, LayerMemory
 from recipes.report.probe_records import ProbedStep
@@ -104,6 +105,7 @@ class Run:
     load: tuple[LayerLoad, ...] = ()  # one per MoE layer
     health: tuple[LayerHealth, ...] = ()  # one per MoE layer whose router was seen
     memory: tuple[LayerMemory, ...] = ()  # one per memory layer
+    density: tuple[LayerDensity, ...] = ()  # one per layer whose tokens choose neurons
     loops: tuple[LayerLoops, ...] = ()  # one per layer that loops by its tokens
     widths: tuple[Submodel, ...] = ()  # of nested training, the narrowest first
     losses: dict[str, float] = field(default_factory=dict)  # unweighted, e.g. "balance"

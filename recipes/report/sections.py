@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from recipes.report import bars, figures, heat, tables
+from recipes.report.density import density
 from recipes.report.depth import depth
 from recipes.report.domains import domain_table
 from recipes.report.figures import Figure, plot
@@ -49,6 +50,7 @@ def sections(study: Study) -> list[Section]:
         ("Expert load", _load(study)),
         ("Router health", health(study, legend(study))),
         ("Memory", memory(study, legend(study))),
+        ("Density", density(study, legend(study))),
         ("Depth", depth(study, legend(study))),
         ("Widths", widths(study, legend(study))),
         ("Domains", _domains(study)),
