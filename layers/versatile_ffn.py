@@ -115,20 +115,17 @@ class VersatileFFNConfig:
         """What a router chooses among, in the order of its logits and of `stats["counts"]`."""
         return tuple(f"ffn {e}" for e in range(self.n_experts)) if self.routes else ()
 
-    def cost(self, loops: float | None = None, width_share: float | None = None) -> Cost:
+    def cost(self, loops: float | None = None) -> Cost:
         """One token's cost; the router counts its own.
 
         Args:
-            loops: loops of a token, as measured in evaluation (mean of `stats["loops"]`); None:
-                all of them, which training computes.
-            width_share: share of the tokens that run the width path, which those of max_loops
-                leave out in evaluation; None: 1.
+            loops: loops of a token, as measured in evaluation (mean of `stats["loops"]`), where the
+                width takes no projection of its own; None: all of them and the width, as trained.
         """
         n, d = self.d_model * self.hidden, self.d_model
         deep = self.path != "width"
         passes = 1 if not deep else self.max_loops if loops is None else loops
-        wide = 0 if not self.routes else 1 if width_share is None else width_share
-        down = passes * deep + wide
+        down = passes * deep + (self.routes and loops is None)
         act = GATE_FLOPS[self.activation] * self.hidden * passes
         items = [
             WeightCost(
@@ -140,7 +137,7 @@ class VersatileFFNConfig:
             ),
             WeightCost(
                 name="down.weight", role="ffn", params=n, flops=2 * n * down,
-                other_flops=self.hidden * wide + 2 * d * down,
+                other_flops=self.hidden * self.routes + 2 * d * down,
             ),
         ]  # fmt: skip
         if self.predicts:
@@ -160,8 +157,8 @@ class VersatileFFN(nn.Module, Scheduled):
     Both paths share the first loop's hidden numbers u: sum of w_j E_j = down(w u), each number
     times its expert's weight, so that the width costs one more down projection. Training computes
     every loop for every token. Evaluation sorts tokens by their loops and runs those that go on,
-    and the width for those that have a share in it: the same numbers (compiled code, whose shapes
-    may not hang on data, computes all).
+    the width in the projection of the last loop: the same numbers to rounding. Compiled code, whose
+    shapes may not hang on data, computes all.
 
     `gate_up`, `down` and `norm` are drawn as `swiglu`'s, each by its fan in; the paper's 0.02
     stands for its width alone.
@@ -231,10 +228,10 @@ class VersatileFFN(nn.Module, Scheduled):
         """Sum over experts of w_j E_j. u: [T, m]; weights: [T, N]. Returns [T, D]."""
         return self.down(weigh(u, weights.to(u.dtype), self.config.starts, self.config.expert))
 
-    def _share(self, loops: Loops | None) -> Tensor | float:
-        """lambda, [T, 1], of the width path."""
+    def _share(self, loops: Loops | None, like: Tensor) -> Tensor:
+        """lambda, [T, 1], of the width path. like: [T, ..]."""
         if loops is None or self.config.fusion == "average":
-            return 0.5
+            return like.new_full((len(like), 1), 0.5)
         return (self.config.max_loops - loops.expected) / self.config.max_loops
 
     def _every_loop(self, tokens: Tensor, weights: Tensor | None, loops: Loops | None) -> Tensor:
@@ -252,16 +249,18 @@ class VersatileFFN(nn.Module, Scheduled):
             depth = delta if loops is None else depth + loops.one_hot[:, i, None] * delta
         if width is None:
             return depth
-        share = self._share(loops)
+        share = self._share(loops, depth)
         return share * width + (1 - share) * depth
 
     def _early_exit(
         self, tokens: Tensor, weights: Tensor | None, loops: Loops, counts: Tensor,
         mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """The same where no gradient of the choice is asked for: only what its loops need.
+        """The same where no gradient of the choice is asked for: only what a token's loops need.
 
-        counts: [L], real tokens by their loops. Padding stands last, and nothing is run for it.
+        Its width and its last loop go through one projection, down((1 - lambda) u + lambda w u_1):
+        what a token costs is its loops. counts: [L], real tokens by their loops; padding stands
+        last, and nothing is run for it.
         """
         c, wide = self.config, torch.promote_types(tokens.dtype, torch.float32)
         goes_on = counts.flip(0).cumsum(0).flip(0).tolist()  # tokens of at least 1, 2, .. L loops
@@ -269,19 +268,25 @@ class VersatileFFN(nn.Module, Scheduled):
         order = longest.argsort(descending=True, stable=True)[: goes_on[0]]
         h = tokens[order]
         u = self._hidden(h, tokens.dtype)
-        delta, ended = self.down(u).to(wide), list[Tensor]()
-        for n in (*goes_on[1:], 0):  # that go on after this loop: the first n
-            ended.append(delta[n:])
-            if not n:
-                break
-            delta = delta[:n] + self.down(self._hidden(h[:n] + delta[:n], tokens.dtype))
-        y = torch.cat(ended[::-1])
+        narrow = share = None
         if weights is not None:
-            first = goes_on[-1] if c.fusion == "difficulty" else 0  # tokens that have no width
-            share = self._share(Loops(loops.choice[order], loops.one_hot[order]))
-            rest = share[first:] if isinstance(share, Tensor) else share
-            width = self._width(u[first:], weights[order[first:]])
-            y = torch.cat((y[:first], rest * width + (1 - rest) * y[first:]))
+            narrow = weigh(u, weights[order].to(u.dtype), c.starts, c.expert)
+            share = self._share(Loops(loops.choice[order], loops.one_hot[order]), narrow)
+        delta, ended = torch.zeros_like(h, dtype=wide), list[Tensor]()
+        for n in (*goes_on[1:], 0):  # that go on after this loop: the first n
+            before = delta[n:]
+            if narrow is not None and share is not None:
+                rest = 1 - share[n : len(u)]
+                mixed = torch.lerp(narrow[n : len(u)], u[n:], rest.to(u.dtype))
+                u, before = torch.cat((u[:n], mixed)), rest * before
+            step = self.down(u)
+            ended.append(before + step[n:])
+            if n:
+                delta = delta[:n] + step[:n]
+                u = self._hidden(h[:n] + delta, tokens.dtype)
+            else:
+                break
+        y = torch.cat(ended[::-1])
         return y.new_zeros(tokens.shape).index_copy(0, order, y)
 
 

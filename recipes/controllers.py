@@ -101,7 +101,8 @@ class RouterController(Callback):
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Add a micro-batch; move the state where it was a step's last."""
-        counts = {i: stats["counts"] for i, stats in enumerate(outputs["stats"]) if stats}
+        every = enumerate(outputs["stats"])
+        counts = {i: stats["counts"] for i, stats in every if stats and "counts" in stats}
         for i, router in self._routers.items():
             moved_by = counts[i]
             if isinstance(router, ExpertChoiceRouter):  # [E + 1], wide enough to add counts to

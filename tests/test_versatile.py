@@ -102,8 +102,7 @@ def test_early_exit_where_all_tokens_loop_alike_and_where_all_are_padding(loops)
     layer.train()
     assert_close(y, layer(x).y)
     router = 2 * D * 4
-    wide = 1 if loops < 4 else 0
-    assert counter.get_total_flops() == T * (router + 2 * D * WIDTH * (3 * loops + wide))
+    assert counter.get_total_flops() == T * (router + 6 * D * WIDTH * loops)
     layer.eval()
     assert not layer(x, mask=torch.zeros(2, T // 2, dtype=torch.bool)).y.any()
 
@@ -246,9 +245,8 @@ def test_cost_in_evaluation_is_that_of_the_loops_that_ran():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         counts = layer(x).stats["loops"].double()
     loops = (counts * torch.arange(1, 5)).sum().item() / T
-    share = 1 - counts[-1].item() / T
     choice = zoo.resolve("versatile_ffn", d_model=D, d_ff=WIDTH, n_experts=4, top_k=2, max_loops=4)
-    measured = choice.cost(loops=loops, width_share=share).flops
+    measured = choice.cost(loops=loops).flops
     assert measured == pytest.approx(counter.get_total_flops() / T)
     assert measured < choice.cost().flops
 
