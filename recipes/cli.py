@@ -165,6 +165,24 @@ def convert(
 
 
 @app.command()
+def extract(
+    run: Annotated[Path, typer.Argument(help="A finished nested run's directory.")],
+    options: Annotated[list[str] | None, typer.Argument(
+        metavar="KEY=VALUE...",
+        help="widths=64, widths=[32,64,64], or hidden|params|flops=N; multiple_of=N out=DIR",
+    )] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Take a submodel out of a finished nested run, as a plain run in its own directory."""
+    from recipes import extract as extracting
+    from recipes import load
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = extracting.extract_run(run, **load.parse(options or []))
+    print(json.dumps(result)) if as_json else extracting.show(result)
+
+
+@app.command()
 def pack(
     run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
     options: Annotated[list[str] | None, typer.Argument(

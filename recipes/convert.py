@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from recipes import load, record
-from recipes.costing import run_cost, whole_model_cost
+from recipes.costing import whole_model_cost
 from recipes.curve import final_evaluation
 from recipes.data import TextData
-from recipes.loop_health import words_of
+from recipes.derived import check_run, run_result
 from recipes.metrics import Evaluation
-from recipes.names import ffn_label
 from recipes.quantize import read_model
 from recipes.runtime import settings
 from recipes.schema import Recipe
@@ -28,8 +27,6 @@ from recipes.task import LanguageModelTask
 from zoo.conversion import Conversion, convert, teach_routers
 from zoo.conversion.methods import method_of
 from zoo.pretrained import write_weights
-
-CHANGED = {"quantize.json": "quantised", "pack.json": "packed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +76,7 @@ def convert_run(
     load.merge(_Teaching, {}, {"teach_steps": teach_steps}, what="convert")
     if teach_steps and to != "factor_llm":
         raise ValueError(f"teach_steps is of factor_llm, which has labels for routers, not of {to}")
-    _check_run(run)
+    check_run(run, "convert")
     out = Path(str(out)) if out else run.with_name(f"{run.name}-{to}")
     if out.exists():
         raise ValueError(f"{out} is already there: give another out=, or delete it")
@@ -102,7 +99,7 @@ def convert_run(
         record.write_json(part / "convert.json", result)
         trained = record.read_result(run)
         if trained is not None:
-            as_run = _run_result(trained, recipe, to, found[1][1])
+            as_run = run_result(trained, recipe, to, found[1][1])
             record.write_json(part / "result.json", as_run)
     return result
 
@@ -126,15 +123,6 @@ def show(result: Mapping[str, Any]) -> None:
         f"{params['before']:,} -> {params['after']:,} parameters, "
         f"{active['before']:,.0f} -> {active['after']:,.0f} active"
     )
-
-
-def _check_run(run: Path) -> None:
-    """Raise where no finished dense run lies whose weights are its own."""
-    if not (run / "recipe.yaml").is_file() or not (run / "weights.safetensors").is_file():
-        raise ValueError(f"{run}: no recipe.yaml and weights.safetensors: is it a finished run?")
-    for name, word in CHANGED.items():
-        if (run / name).is_file():
-            raise ValueError(f"{run} is {word}: convert the run that it came from")
 
 
 def _recipe(
@@ -172,27 +160,4 @@ def _measured(made: Conversion, found: Sequence[tuple[Recipe, Evaluation]]) -> d
         "active_params": dict(zip(names, (cost.active_params for cost in costs), strict=True)),
         "versions": record.versions(),
         "commit": record.commit(),
-    }
-
-
-def _run_result(
-    trained: dict[str, Any], recipe: Recipe, to: str, after: Evaluation
-) -> dict[str, Any]:
-    """result.json of the converted run."""
-    variant = f"{trained['variant']}-{to}"
-    return trained | {
-        "id": f"{variant}-{trained['precision']}-s{trained['seed']}",
-        "variant": variant,
-        "ffn": ffn_label(recipe.model.ffn),
-        "recipe": load.to_plain(recipe),
-        "cost": asdict(run_cost(whole_model_cost(recipe), tied=recipe.model.tie_embeddings)),
-        "final": asdict(after.final()),
-        "load": [asdict(layer) for layer in after.load.loads()],
-        "health": [asdict(layer) for layer in after.health.layers()],
-        "memory": [asdict(layer) for layer in after.memory.layers()],
-        "loops": [asdict(layer) for layer in after.loops.layers(words_of(recipe.data))],
-        "losses": after.losses,
-        "sharpness": after.sharpness.value(),
-        "curve": [],
-        "sample": None,
     }
