@@ -1,7 +1,7 @@
 """Fitting power laws: many starts at once, the best of them polished by L-BFGS.
 
-Levenberg-Marquardt steps with Huber's weights bring every start, or every resample, near its
-minimum in a few dozen batched iterations; scipy's L-BFGS-B, with the analytic gradient and in
+Levenberg-Marquardt steps bring every start, or every resample, near its minimum in some dozens of
+batched iterations; scipy's L-BFGS-B, with the analytic gradient and in
 float64, ends what is reported.
 """
 
@@ -17,6 +17,8 @@ SCREENED = 128  # starts that are followed; all others start worse
 ROUGH = 40  # iterations that all of these get
 POLISHED = 8  # starts that are followed to the end
 ITERATIONS = 300
+STRAIGHT = 0.05  # curvature given to a residual on Huber's straight part, of a reweighted one's
+GAIN = 1e-10  # of the value: what gains less has converged
 SAME = 1e-3  # parameters closer than this agree
 
 
@@ -70,8 +72,9 @@ def descend(
 ) -> tuple[Array, Array]:
     """Each start's own minimum: parameters [b, P] and values [b].
 
-    Huber's loss is below a parabola that touches it at the current residuals (iteratively
-    reweighted least squares), so every accepted step lowers it. What has converged leaves.
+    Between least squares reweighted for Huber's loss, which always descend but slowly, and its own
+    curvature, which is none where residuals are large: STRAIGHT lies near the second, and damping
+    refuses steps that do not descend. What has converged leaves.
 
     Args:
         laws: its log_loss may be [b, n].
@@ -96,19 +99,20 @@ def descend(
         tried = live[better]
         theta[tried], values[tried] = moved[better], new[better]
         damping[live] = np.where(better, damping[live] / 5, damping[live] * 4)
-        done = (gain <= 1e-12 * (values[live] + 1e-6)) | (damping[live] > 1e12)
+        done = (gain <= GAIN * (values[live] + 1e-6)) | (damping[live] > 1e12)
         live = live[~done]
     return theta, values
 
 
 def _step(laws: PowerLaws, theta: Array, weights: Array, damping: Array) -> Array:
     r, j = laws.jacobian(theta)
-    w = weights / np.maximum(np.abs(r), 1)
-    weighted = (w[..., None] * j).swapaxes(-1, -2)  # [b, P, n]
-    normal = weighted @ j
-    gradient = (weighted @ r[..., None])[..., 0]
+    size = np.abs(r)
+    curved = weights * np.where(size <= 1, 1.0, STRAIGHT / np.maximum(size, 1.0))
+    normal = (curved[..., None] * j).swapaxes(-1, -2) @ j  # [b, P, P]
+    gradient = ((weights * np.clip(r, -1, 1))[..., None] * j).sum(-2)
     scale = np.einsum("bpp->bp", normal)
     scale = np.maximum(scale, 1e-9 * scale.max(-1, keepdims=True) + 1e-30)
     damped = np.maximum(damping, 1e-12)[:, None] * scale
     normal = normal + damped[..., None] * np.eye(theta.shape[1])
-    return -np.linalg.solve(normal, gradient[..., None])[..., 0].clip(-20, 20)
+    # a step too far sends E to 0, whence no gradient leads back
+    return -np.linalg.solve(normal, gradient[..., None])[..., 0].clip(-1, 1)

@@ -8,12 +8,12 @@ may be judged by the noise of a baseline that has more.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite, sqrt
-from statistics import StatisticsError, correlation, fmean, variance
+from math import fsum, isfinite, sqrt
+from statistics import fmean
 from typing import Literal
 
 from layers.names import check_choice
-from recipes.statistics.noise import ROUNDING, Seeds, Spread, spread_of
+from recipes.statistics.noise import ROUNDING, Seeds, Spread, spread_of, squares
 from recipes.statistics.verdicts import Difference, correct_table, judged
 
 MIN_SEEDS = 3  # of each group; below them nothing is claimed
@@ -65,10 +65,10 @@ def difference(
 
 def _correlation(group: Seeds, reference: Seeds, common: list[int]) -> float | None:
     """Pearson's r; None where one of them gave the same number throughout."""
-    try:
-        return correlation([group[s] for s in common], [reference[s] for s in common])
-    except StatisticsError:
-        return None
+    pairs = [(group[s], reference[s]) for s in common]
+    mine, theirs = (fmean(side) for side in zip(*pairs, strict=True))
+    both = sqrt(squares(a for a, _ in pairs) * squares(b for _, b in pairs))
+    return fsum((a - mine) * (b - theirs) for a, b in pairs) / both if both > 0 else None
 
 
 def _by_pairs(pairs: list[float], margin: float) -> Difference:
@@ -83,12 +83,12 @@ def _by_pairs(pairs: list[float], margin: float) -> Difference:
 def _welch(group: Seeds, reference: Seeds, margin: float, unrelated: bool) -> Difference:
     """Welch (1947), Biometrika 34:28; degrees of freedom after Satterthwaite."""
     value = fmean(group.values()) - fmean(reference.values())
-    squares = [variance(g.values()) / len(g) for g in (group, reference)]
-    error = sqrt(sum(squares))
+    m, n = len(group), len(reference)
+    mine, theirs = squares(group.values()) / (m - 1) / m, squares(reference.values()) / (n - 1) / n
+    error = sqrt(mine + theirs)
     if error <= ROUNDING:
         return Difference(value=value, how="the seeds gave the same number, they measure no noise")
-    parts = zip(squares, (group, reference), strict=True)
-    df = sum(squares) ** 2 / sum(s**2 / (len(g) - 1) for s, g in parts)
+    df = (mine + theirs) ** 2 / (mine**2 / (m - 1) + theirs**2 / (n - 1))
     why = "the pairs do not correlate" if unrelated else "other seeds"
     return judged(value, error, df, f"Welch's test: {why}", margin)
 
