@@ -5,15 +5,14 @@ difference is the spread of the difference. Finished runs are kept: a second cal
 """
 
 import multiprocessing
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy import stats
-
 from recipes import load
+from recipes.statistics.noise import mean_interval
+from recipes.statistics.paired import difference
 from recipes.train import train
 
 
@@ -37,19 +36,15 @@ def _train(job: Job) -> dict[str, Any]:
     return train(load.load(job.recipe), job.out, variant=job.variant)
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% interval, of paired differences that are finite."""
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return statistics.mean(differences), float(half)
-
-
 def gap(values: Sequence[float], base: Sequence[float]) -> str:
     """The paired difference in thousandths: "+1.2 ± 0.4"."""
-    mean, half = interval([(a - b) * 1000 for a, b in zip(values, base, strict=True)])
+    mean, half = mean_interval([(a - b) * 1000 for a, b in zip(values, base, strict=True)])
     return f"{mean:+.1f} ± {half:.1f}"
 
 
 def told(values: Sequence[float], base: Sequence[float]) -> str:
-    """Whether the first are lower, higher, or not told apart from the second."""
-    mean, half = interval([a - b for a, b in zip(values, base, strict=True)])
-    return "not resolved" if abs(mean) <= half else "lower" if mean < 0 else "higher"
+    """Whether the first are lower, higher, or not told apart from the second; not corrected."""
+    d = difference(dict(enumerate(values)), dict(enumerate(base)))
+    if d.half is None or abs(d.value) <= d.half:
+        return "not resolved"
+    return "lower" if d.value < 0 else "higher"

@@ -9,9 +9,10 @@ import pytest
 import report_data
 from scipy import stats
 
-from recipes.report.noise import compare, correct, holm
+from recipes.report.noise import compare
 from recipes.report.records import read_results
 from recipes.report.study import study
+from recipes.statistics.verdicts import correct, holm
 
 
 @pytest.fixture(scope="module")

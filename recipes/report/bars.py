@@ -40,7 +40,7 @@ def precision_gap(study: Study) -> Figure | None:
 def _gap_bar(study: Study, group: Group) -> Figure:
     d, colour = study.gaps[group.key], study.look.colours[group.variant]
     value = text.signed(d.value, study.digits)
-    words = value if d.resolved else f"{value}  not resolved"
+    words = value if d.resolved else f"{value}  {d.word}"
     interval = f" ± {d.half:.{study.digits}f}" if d.half else ""
     return {
         "type": "bar",

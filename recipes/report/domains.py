@@ -4,9 +4,11 @@ from statistics import fmean
 
 from recipes.report import text
 from recipes.report.headline import name
-from recipes.report.noise import Difference, Seeds, compare
+from recipes.report.noise import compare
 from recipes.report.study import Group, Study
 from recipes.report.text import Markup, el
+from recipes.statistics.noise import Seeds
+from recipes.statistics.verdicts import Difference
 
 
 def domain_table(study: Study) -> Markup | None:

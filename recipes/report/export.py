@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from recipes.report.noise import Difference
 from recipes.report.records import Run, read_results
 from recipes.report.study import Study
+from recipes.statistics.verdicts import Difference
 
 Cell = str | int | float | None
 

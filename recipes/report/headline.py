@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import isfinite
-from typing import Any
+from typing import Any, get_args
 
 from recipes.report import text
 from recipes.report.method import BUDGETS, budget_table, method
-from recipes.report.noise import Difference
 from recipes.report.study import Group, Study
 from recipes.report.text import Markup, chip, el, folded, join, swatch
+from recipes.statistics.verdicts import Difference, Word
 
 
 def headline(study: Study) -> Markup:
@@ -47,8 +47,10 @@ def sentence(study: Study, group: Group) -> str:
 
 def _reason(d: Difference) -> str:
     """The verdict, and why where the interval alone would say otherwise."""
-    if not d.resolved and d.half is not None and abs(d.value) > d.half:
+    if d.word == "not resolved" and d.half is not None and abs(d.value) > d.half:
         return "not resolved, after Holm's correction over this table"
+    if d.word == "equivalent" and d.margin is not None:
+        return f"equivalent, the difference is below {d.margin:.4f} beyond the noise"
     return d.word
 
 
@@ -131,7 +133,7 @@ def _summary(study: Study) -> Markup | None:
         told = f"No difference is resolved: {how}. "
     else:
         words = Counter(d.word for d in study.verdicts.values())
-        parts = [f"{words[w]} {w}" for w in ("better", "worse", "not resolved") if words[w]]
+        parts = [f"{words[w]} {w}" for w in get_args(Word) if words[w]]
         told = f"Against {study.baseline.words}: {', '.join(parts)}. "
         reason = "A difference inside the measured noise is not resolved, whichever way it points."
     return el("p", loose or None, el("strong", told), reason, _rates(study), class_="lead")

@@ -4,6 +4,7 @@ from recipes.report import text
 from recipes.report.records import Match
 from recipes.report.study import Study
 from recipes.report.text import Markup, el, swatch
+from recipes.statistics.paired import EQUIVALENCE
 
 BUDGETS = {
     "active_flops": ("active FLOPs per token", "FLOP"),
@@ -63,12 +64,15 @@ def method(study: Study) -> Markup:
         "of a single run, and of several, is d ± t(0.975, n − 1) · s · √(1/m + 1/n).",
         "Where the variant has two or more seeds, s is pooled: s² = [(n − 1) s²(baseline) + "
         "(m − 1) s²(variant)] / (n + m − 2), with n + m − 2 degrees of freedom.",
-        "Where both have the same k ≥ 3 seeds, d is taken seed by seed: "
-        "mean(dᵢ) ± t(0.975, k − 1) · std(dᵢ) / √k.",
+        "Where both have k ≥ 3 seeds in common, d is taken seed by seed: "
+        "mean(dᵢ) ± t(0.975, k − 1) · std(dᵢ) / √k; with three or more other seeds each, by "
+        "Welch's test. A single run is better or worse from 3 s on only.",
         "p is two-sided, from the same t. Holm's correction over the h differences of a table "
         "sorts them, p₁ ≤ … ≤ pₕ, and raises pᵢ to the largest (h − j + 1) · pⱼ with j ≤ i, "
         "1 at most. Corrected p ≤ 0.05 is better or worse, anything else not resolved. "
         "The intervals shown are not corrected.",
+        f"Equivalent is what is not resolved, has three seeds or more, and passes two one-sided "
+        f"tests of |d| < {EQUIVALENCE:.2%} of the baseline's bits per byte, corrected likewise.",
         "With fewer than two baseline seeds the noise is unknown and nothing is resolved.",
         "The ± beside a mean is t(0.975) · s / √m, with the pooled s.",
         f"Precision gaps are a table of their own: d = mean(precision) − mean({study.reference}) "

@@ -164,7 +164,8 @@ def _gap(s: Study) -> Any:
             hatch=None if d.resolved else "////",
             error_kw={"elinewidth": 0.8, "capsize": 2},
         )
-    names = [f"{g.label}{'' if s.gaps[g.key].resolved else ' (not resolved)'}" for g in groups]
+    words = {g.key: "" if d.resolved else f" ({d.word})" for g in groups if (d := s.gaps[g.key])}
+    names = [f"{g.label}{words[g.key]}" for g in groups]
     axes.set_yticks(range(len(groups)), names)
     axes.invert_yaxis()
     axes.axvline(0, color="#444", linewidth=0.8)

@@ -7,8 +7,10 @@ from math import ceil, inf, isfinite, log10
 from statistics import fmean
 
 from recipes.report.look import Look, look_of
-from recipes.report.noise import Difference, Seeds, Spread, compare, correct, spread_of
+from recipes.report.noise import compare
 from recipes.report.records import Results, Run
+from recipes.statistics.noise import Seeds, Spread, spread_of
+from recipes.statistics.verdicts import Difference, correct
 
 BYTES_AT = ("1", "16", "256", "4096")  # tokens processed together
 
