@@ -57,6 +57,12 @@ class Loops(NamedTuple):
         n = torch.arange(1, self.one_hot.shape[1] + 1, device=self.choice.device)
         return (self.one_hot * n).sum(-1, keepdim=True)
 
+    def mean(self, mask: Tensor | None) -> Tensor:
+        """[], loops of a real token, 0 where there is none. mask: [T] bool."""
+        if mask is None:
+            return self.expected.sum() / max(len(self.choice), 1)
+        return self.expected.masked_fill(~mask[:, None], 0).sum() / mask.sum().clamp_min(1)
+
 
 class LoopPredictor(nn.Module):
     """One of 1 .. L loops for each token, from L logits in float32. Weight [L, D].

@@ -207,12 +207,13 @@ class VersatileFFN(nn.Module, Scheduled):
             weights = (F.one_hot(routing.experts, c.n_experts) * held[..., None]).sum(1)  # [T, N]
             logits = routing.logits.unflatten(0, x.shape[:2])
             losses |= routing.losses
-            stats |= load_stats(routing, c.n_experts, keep, keep)
+            if not is_decoding(tokens):
+                stats |= load_stats(routing, c.n_experts, keep, keep)
         if self.loop_predictor is not None:
             loops = self.loop_predictor(tokens)
             counts = stats["loops"] = count_experts(loops.choice, c.max_loops, mask)  # [L]
             if c.loops_loss:
-                losses["loops"] = _token_mean(loops.expected, mask)
+                losses["loops"] = loops.mean(mask)
         if loops is None or counts is None or self.training or torch.compiler.is_compiling():
             y = self._every_loop(tokens, weights, loops)
         else:
@@ -304,10 +305,3 @@ def weigh(u: Tensor, weights: Tensor, starts: tuple[int, ...], size: int) -> Ten
         parts.append(F.pad(own, (start - end, 0)))
         end = start + size
     return F.pad(torch.cat(parts, dim=-1), (0, width - end))
-
-
-def _token_mean(of_tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """[T, 1], meaned over the real tokens; 0 where there are none."""
-    if mask is None:
-        return of_tokens.sum() / max(len(of_tokens), 1)
-    return of_tokens.masked_fill(~mask[:, None], 0).sum() / mask.sum().clamp_min(1)

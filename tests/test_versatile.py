@@ -162,6 +162,10 @@ def test_9_no_token_sees_another():
     other = x.clone()
     other[0, 1:] = torch.randn(T // 2 - 1, D) * 3  # other loops all around it
     assert_close(layer(other).y[0, 0], layer(x).y[0, 0])
+    with torch.no_grad():  # a step of decoding reports nothing
+        alone = layer(x[:1, :1])
+    assert_close(alone.y, layer(x).y[:1, :1])
+    assert alone.stats is None
 
 
 def test_10_one_loop_is_the_dense_step():
