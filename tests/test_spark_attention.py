@@ -30,6 +30,15 @@ def tables(config, length, start=0):
     return config.rope(start, length, 10000.0, CPU)
 
 
+def mix(attention, q, k, v, mask, cache):
+    """Keys and values as they come from the matrix."""
+    return attention.mix(q, *attention.kept_as(k, v), mask, cache)
+
+
+def predicted(config, q, k):
+    return SparkAttention(config)._predicted(q, k[..., : config.r], None)
+
+
 def tokens(b=2, s=12):
     return torch.randint(MODEL.vocab_size, (b, s))
 
@@ -120,7 +129,7 @@ def test_few_keys_are_all_kept_exactly():
     c = replace(CONFIG, top_k=6)
     attention = SparkAttention(c)
     q, k, v = torch.randn(2, 4, 6, 8), *torch.randn(2, 2, 2, 6, 8)
-    got = attention.mix(q, k, v, None, None)
+    got = mix(attention, q, k, v, None, None)
     k, v = (t.repeat_interleave(2, 1) for t in (k, v))
     causal = torch.ones(6, 6).tril().bool()
     s1 = (q[..., :4] @ k[..., :4].mT / 2).masked_fill(~causal, -torch.inf)
@@ -131,7 +140,7 @@ def test_one_key_is_weighed_by_softplus_alone():
     # the weights of a query sum to what its gates say, not to 1
     attention = SparkAttention(CONFIG)
     q, k, v = torch.randn(3, 1, 4, 1, 8)
-    y = attention.mix(q, k[:, :2], v[:, :2], None, None)
+    y = mix(attention, q, k[:, :2], v[:, :2], None, None)
     gate = F.softplus((q[..., 4:] * k[:, :2, :, 4:].repeat_interleave(2, 1)).sum(-1) / 2)
     assert_close(y, gate[..., None] * v[:, :2].repeat_interleave(2, 1))
 
@@ -152,8 +161,8 @@ def test_adding_a_constant_to_all_predictions_changes_nothing():
     attention = SparkAttention(CONFIG)
     q, k, v = torch.randn(2, 4, 20, 8), *torch.randn(2, 2, 2, 20, 8)
     shift = torch.cat((torch.randn(4), torch.zeros(4)))
-    y = attention.mix(q, k, v, None, None)
-    assert_close(attention.mix(q, k + shift, v, None, None), y, rtol=1e-4, atol=1e-5)
+    y = mix(attention, q, k, v, None, None)
+    assert_close(mix(attention, q, k + shift, v, None, None), y, rtol=1e-4, atol=1e-5)
 
 
 def test_a_key_that_is_not_kept_is_read_nowhere():
@@ -162,10 +171,10 @@ def test_a_key_that_is_not_kept_is_read_nowhere():
     v.requires_grad_()
     k.requires_grad_()
     kept = (
-        attention._predicted(q, k, None).isfinite()[0, :, 0].unflatten(0, (2, 2)).any(1)
+        predicted(attention.config, q, k).isfinite()[0, :, 0].unflatten(0, (2, 2)).any(1)
     )  # [G, P]
     assert 0 < kept.sum() < 20
-    attention.mix(q, k, v, None, None).square().sum().backward()
+    mix(attention, q, k, v, None, None).square().sum().backward()
     for grad in (v.grad, k.grad):
         assert grad[0][kept].ne(0).any(-1).all()
         assert not grad[0][~kept].count_nonzero()
@@ -183,7 +192,7 @@ def test_kept_keys_are_about_k_for_normal_logits():
     n, k, rows = 1024, 64, 400
     c = replace(CONFIG, n_heads=1, n_kv_heads=1, top_k=k)
     q, key = torch.randn(rows, 1, 1, 8), torch.randn(rows, 1, n, 8)
-    counts = SparkAttention(c)._predicted(q, key, None).isfinite().sum(-1).double()
+    counts = predicted(c, q, key).isfinite().sum(-1).double()
     p = k / n
     z = NormalDist().inv_cdf(1 - p)
     sd = sqrt(n * (p * (1 - p) - NormalDist().pdf(z) ** 2 * (1 + z**2 / 2)))
@@ -204,13 +213,13 @@ def test_no_query_is_left_without_a_key(case):
     k = torch.randn(1, 1, n, 8)
     k[..., :4] = along[:, None] / 4
     q, v = torch.ones(1, 1, 1, 8, requires_grad=True), torch.randn(1, 1, n, 8)
-    logits = attention._predicted(q, k, None)
+    logits = predicted(attention.config, q, k)
     assert (
         logits.isfinite().sum()
         == {"uniform": 1, "flat": n, "zero": n, "one far below": n - 1}[case]
     )
     assert logits.argmax() == along.argmax()
-    y = attention.mix(q, k, v, None, None)
+    y = mix(attention, q, k, v, None, None)
     y.square().sum().backward()
     assert y.isfinite().all()
     assert q.grad.isfinite().all()
@@ -220,12 +229,12 @@ def test_padding_is_in_no_statistic():
     c = replace(CONFIG, top_k=2)
     attention, x = SparkAttention(c), torch.randn(1, 9, 24)
     q, k, v = attention._heads(x, tables(c, 9), 4, 2)
-    want = attention.mix(q[:, :, 3:], k[:, :, 3:], v[:, :, 3:], None, None)
+    want = mix(attention, q[:, :, 3:], k[:, :, 3:], v[:, :, 3:], None, None)
     k, v = k.clone(), v.clone()
     k[:, :, :3], v[:, :, :3] = 100, 100
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
     mask[3:, :3] = False
-    got = attention.mix(q, k, v, mask[None, None], None)
+    got = mix(attention, q, k, v, mask[None, None], None)
     assert_close(got[:, :, 3:], want)
 
 
@@ -240,7 +249,7 @@ def test_reading_kept_positions_alone_equals_the_dense_form(dtype, padded, chang
     q, room = torch.randn(3, 4, 1, 8).to(dtype), 60  # more than it holds
     k, v = torch.randn(2, 3, c.n_kv_heads, 50, 8).to(dtype)
     cache = LayerCache(room)
-    k, v = cache.append(k, v)
+    k, v = cache.append(*attention.kept_as(k, v))
     mask = None
     if padded:
         mask = torch.ones(3, 1, 1, 50, dtype=torch.bool)

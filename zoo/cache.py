@@ -14,11 +14,11 @@ class LayerCache:
         self.values: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: [B, G, S, h] of the newest tokens. Returns all held, [B, G, P, h] each."""
+        """k: [B, G, S, h] and v: [B, G, S, h'] of the newest tokens. Returns all P held of each."""
         if self.keys is None or self.values is None:
-            b, g, _, h = k.shape
-            self.keys = k.new_empty(b, g, self.max_tokens, h)
-            self.values = v.new_empty(b, g, self.max_tokens, h)
+            b, g = k.shape[:2]
+            self.keys = k.new_empty(b, g, self.max_tokens, k.shape[-1])
+            self.values = v.new_empty(b, g, self.max_tokens, v.shape[-1])
         start, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v

@@ -145,7 +145,7 @@ class Heads(nn.Module, Generic[C]):
 
         Args:
             q: [B, H, S, h] of the newest S of P tokens.
-            k, v: [B, G, P, h] of all.
+            k, v: [B, G, P, ...] of all, as `kept_as` lays them.
             mask: as in `forward`.
             cache: that k and v are of, if any.
 
@@ -153,6 +153,10 @@ class Heads(nn.Module, Generic[C]):
             [B, H, S, h], in the dtype of v.
         """
         raise NotImplementedError
+
+    def kept_as(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [B, G, S, h] as a cache keeps them and `mix` reads them."""
+        return k, v
 
     def turn(self, qk: Tensor, rope: Rope) -> Tensor:
         """Queries and keys [B, H + G, S, h], each turned by its position."""
@@ -187,6 +191,7 @@ class Heads(nn.Module, Generic[C]):
         c = self.config
         n, g = c.counts(heads)
         q, k, v = self._heads(x, rope, n, g)
+        k, v = self.kept_as(k, v)
         if cache is not None:
             if cache.keys is not None and cache.keys.shape[1] != g:
                 raise ValueError(

@@ -108,15 +108,24 @@ class SparkAttention(Heads[SparkAttentionConfig]):
         parts = qk[..., :r], qk[..., r:]
         return torch.cat([rotate(*of) for of in zip(parts, cos, sin, strict=True)], dim=-1)
 
+    def kept_as(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The predictor's part of the keys; the other part before the values, in the same row.
+
+        All of the first is read, of the second a row here and there: both lie together.
+        """
+        r = self.config.r
+        return k[..., :r], torch.cat((k[..., r:], v), dim=-1)
+
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
-        """As `Heads.mix` says."""
+        """As `Heads.mix` says. k: [B, G, P, r]; v: [B, G, P, (h - r) + h]."""
         r, scale = self.config.r, self.config.scales[1]
         if cache is not None and self._pays(q, k):
             return self._at_kept(q, k, mask, cache)
         logits = self._predicted(q, k, mask)
-        gates = F.softplus(_scores(q[..., r:], k[..., r:], scale))
+        k2, v = v.split((self.config.d_head - r, self.config.d_head), dim=-1)
+        gates = F.softplus(_scores(q[..., r:], k2, scale))
         weights = (logits.softmax(-1) * gates).to(v.dtype)  # [B, H, S, P]
         shared = rearrange(weights, "b (g n) s p -> b g (n s) p", g=v.shape[1])
         return rearrange(shared @ v, "b g (n s) h -> b (g n) s h", s=q.shape[2])
@@ -124,15 +133,18 @@ class SparkAttention(Heads[SparkAttentionConfig]):
     @torch.no_grad()
     def kept(self, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
         """How many keys each query keeps, [B, H, S] int64, of a forward without a cache."""
-        q, k, _ = self._heads(x, rope, self.config.n_heads, self.config.n_kv_heads)
-        return self._predicted(q, k, mask).isfinite().sum(-1)
+        q, k, v = self._heads(x, rope, self.config.n_heads, self.config.n_kv_heads)
+        return self._predicted(q, self.kept_as(k, v)[0], mask).isfinite().sum(-1)
 
     def _predicted(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits of the predictor, -inf where a key is not kept, [B, H, S, P], float32 or wider."""
+        """Logits of the predictor, -inf where a key is not kept, [B, H, S, P], float32 or wider.
+
+        q: [B, H, S, h]; k: [B, G, P, r].
+        """
         c, (n, p) = self.config, (q.shape[2], k.shape[2])
         if mask is None and n > 1:
             mask = torch.ones(n, p, dtype=torch.bool, device=q.device).tril()[None, None]
-        logits = _scores(q[..., : c.r], k[..., : c.r], c.scales[0])
+        logits = _scores(q[..., : c.r], k, c.scales[0])
         return statistical_topk(logits, c.top_k, form="-inf", mask=mask, keep_argmax=True)
 
     def _pays(self, q: Tensor, k: Tensor) -> bool:
@@ -150,10 +162,10 @@ class SparkAttention(Heads[SparkAttentionConfig]):
 
         Rows are read where they lie in the cache, whose B * G heads have room for M tokens each.
         """
-        c, scale = self.config, self.config.scales[1]
-        assert cache.keys is not None
+        c = self.config
         assert cache.values is not None
-        keys, values = (t.flatten(0, 2) for t in (cache.keys, cache.values))  # [B G M, h]
+        table = cache.values.flatten(0, 2)  # [B G M, (h - r) + h]
+        rest = c.d_head - c.r
         weights = self._predicted(q, k, mask).softmax(-1).flatten(0, 2)  # [B H, P]
         head, position = weights.nonzero(as_tuple=True)  # [N] each, head by head
         group = q.shape[1] // k.shape[1]
@@ -161,11 +173,12 @@ class SparkAttention(Heads[SparkAttentionConfig]):
         starts = torch.searchsorted(head, torch.arange(len(weights)))  # [B H]
         # <q2, k2> of every row, no row copied: the gradient that a bag has for its weights
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        s2 = dots(q[..., c.r :].flatten(0, 2), keys[:, c.r :], rows, starts, head, 0)  # [N]
-        gates = F.softplus(s2.to(weights.dtype) * scale)
-        weights = (weights[head, position] * gates).to(values.dtype)
-        y = F.embedding_bag(rows, values, starts, per_sample_weights=weights, mode="sum")
-        return y.view(q.shape)
+        s2 = dots(q[..., c.r :].flatten(0, 2), table[:, :rest], rows, starts, head, 0)  # [N]
+        gates = F.softplus(s2.to(weights.dtype) * c.scales[1])
+        weights = (weights[head, position] * gates).to(table.dtype)
+        # a bag of a part of each row would copy the whole table first
+        y = F.embedding_bag(rows, table, starts, per_sample_weights=weights, mode="sum")
+        return y[:, rest:].reshape(q.shape)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
