@@ -1,6 +1,6 @@
 """Memory layers on one CPU thread: speed relative to other ways and other packages.
 
-    python benchmarks/memory.py [--rounds 7] [--sizes 256,512] > benchmarks/memory.md
+    python benchmarks/memory.py [--rounds 7] [--sizes 256,512] [--tokens 1] > benchmarks/memory.md
 
 One process, interleaved rounds, the ratio formed inside each round, its median over rounds, process
 CPU time; float32, d_model 256, 4 heads of 32 slots, n keys a side. "Gathered" is our
@@ -136,10 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", default="128,256,512")
+    parser.add_argument("--tokens", default="1024,1", help="tokens in a call; 1 is decoded")
     args = parser.parse_args()
     kernels = os.environ.get("MOE_ZOO_KERNELS", "auto")
     sizes = [int(n) for n in args.sizes.split(",")]
-    rows = [row for t in (1024, 1) for n in sizes for row in measure(n, t, args.rounds)]
+    tokens = [int(t) for t in args.tokens.split(",")]
+    rows = [row for t in tokens for n in sizes for row in measure(n, t, args.rounds)]
     print(f"# Memory layers\n\n{machine()}; kernels {kernels}.\n")
     print(f"Speed of ours over another's; d_model {D}, {HEADS} heads of {K} slots.\n")
     print(markdown(["slots", "tokens", "ours", "other", "forward", "training"], rows))

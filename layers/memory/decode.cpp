@@ -61,7 +61,7 @@ struct MoeZooMemoryFind {
   const float* keys;                            // [key_blocks, n, d]
   const float *key_gain, *key_bias;             // [d]
   const float *cores, *leading;                 // [C, H, r, r] and [2, H, r]; null: product keys
-  const int32_t *i, *j;                         // product keys: the pairs of places to look at
+  const int32_t* places;                        // product keys: [2, pairs], those to look at
   int64_t* slots;                               // [H, k]
   float* scores;                                // [C, H, k]
   int64_t n_queries, d, n, heads, key_blocks;   // product keys: blocks of a head, row and column
@@ -133,7 +133,8 @@ void multiply(const Find& job, const float* key, const float* q, float* scores) 
 
 void find_product(const Find& job, const float* scores) {
   const int64_t n = job.n, k = job.k;
-  PairSearch search(int(n), int(k), int(job.m), int(job.pairs), job.i, job.j);
+  PairSearch search(int(n), int(k), int(job.m), int(job.pairs), job.places,
+                    job.places + job.pairs);
   for (int64_t h = 0; h < job.heads; h++) {
     const float *row = scores + 2 * h * n, *col = row + n;
     int64_t* slots = job.slots + h * k;

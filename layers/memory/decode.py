@@ -29,6 +29,7 @@ from layers.native import Source
 KERNEL = Source(Path(__file__).with_name("decode.cpp"), ("-ffp-contract=fast",))
 WEIGHTINGS = {"softmax": 0, "raw": 1, "relu": 2, "sigmoid": 3}  # enum Weighting of decode.cpp
 ACTIVATIONS = {"silu": 0, "gelu": 1, "relu": 2, "identity": 3}  # enum Activation
+PLAIN = (nn.Parameter, Tensor)  # no tensor that stands for another, as DTensor does
 NUMBERS_PER_THREAD = 1 << 20  # of keys, some 0.2 ms of reading
 
 
@@ -39,7 +40,7 @@ class FindJob(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("queries", "query_gain", "query_bias")),
         *((name, ctypes.c_void_p) for name in ("query_mean", "query_var")),
         *((name, ctypes.c_void_p) for name in ("keys", "key_gain", "key_bias")),
-        *((name, ctypes.c_void_p) for name in ("cores", "leading", "i", "j", "slots", "scores")),
+        *((name, ctypes.c_void_p) for name in ("cores", "leading", "places", "slots", "scores")),
         *((name, ctypes.c_int64) for name in ("n_queries", "d", "n", "heads", "key_blocks")),
         *((name, ctypes.c_int64) for name in ("k", "m", "pairs", "rank", "n_cores")),
         *((name, ctypes.c_int32) for name in ("both_signs", "threads")),
@@ -66,9 +67,9 @@ def find(token: Tensor, query: Query, keys: ProductKeys | TuckerKeys) -> Hits | 
     batch norm in training, hooks on what would be passed over, a mode that watches operators.
     """
     norm = query.norm
-    if token.dtype == torch.float64 or query.conv is not None or not _ready(query, keys):
+    if token.dtype == torch.float64 or query.conv is not None:
         return None
-    if not _ready(norm, keys.norm) or type(keys) not in (ProductKeys, TuckerKeys):
+    if type(keys) not in (ProductKeys, TuckerKeys) or not _ready(query, norm, keys, keys.norm):
         return None
     mean = var = None
     if isinstance(norm, MaskedBatchNorm):
@@ -84,17 +85,17 @@ def find(token: Tensor, query: Query, keys: ProductKeys | TuckerKeys) -> Hits | 
     queries = query.proj(token).to(torch.float32)
     slots = torch.empty(1, c.heads, c.top_k, dtype=torch.int64)
     scores = torch.empty(1, c.cores, c.heads, c.top_k)
-    leading = i = j = None
+    leading = places = None
     rank = n_pairs = signed = 0
     if isinstance(keys, TuckerKeys):
         rank, signed = keys.config.rank, keys.config.search == "signed"
         leading = _leading(tuple(keys.cores.flatten().tolist()), keys.cores.shape)
     else:
-        i, j = as_places(pairs(c.looks_at, c.top_k, keys.config.combine))
-        n_pairs = len(i)
+        places = as_places(pairs(c.looks_at, c.top_k, keys.config.combine))
+        n_pairs = places.shape[1]
     numbers = c.queries * c.n_keys * c.d_key
     job = FindJob(
-        *_addresses(queries, *of_query, mean, var, weight, *of_keys, cores, leading, i, j),
+        *_addresses(queries, *of_query, mean, var, weight, *of_keys, cores, leading, places),
         slots.data_ptr(), scores.data_ptr(), c.queries, c.d_key, c.n_keys, c.heads,
         weight.numel() // (c.n_keys * c.d_key), c.top_k, c.looks_at, n_pairs, rank, c.cores,
         signed, min(torch.get_num_threads(), 1 + numbers // NUMBERS_PER_THREAD),
@@ -155,16 +156,14 @@ def _ready(*modules: nn.Module | None) -> bool:
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether all are float32 numbers on a CPU, one after the other, and no kind of their own."""
-    return all(
-        t is None
-        or (
-            type(t) in (nn.Parameter, Tensor)
-            and t.dtype == torch.float32
-            and t.is_cpu
-            and t.is_contiguous()
-        )
-        for t in tensors
-    )
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in PLAIN or t.dtype != torch.float32:
+            return False
+        if not (t.is_cpu and t.is_contiguous()):
+            return False
+    return True
 
 
 def _is_high(table: ValueTable, handing_on: torch.dtype | None = None) -> bool:
