@@ -105,10 +105,10 @@ class SparkFFNConfig:
     def _check_schedule(self, start: float) -> None:
         if self.selection != "statistical":
             raise ValueError("density_start is for selection: statistical")
-        if not self.k / self.hidden <= start < 1:
+        if not self.share <= start < 1:
             raise ValueError(
-                f"density_start must be in [{self.k / self.hidden:.3g}, 1), the density that it "
-                f"falls to, got {start}"
+                f"density_start must be in [{self.share:.3g}, 1), from the density that it falls "
+                f"to, got {start}"
             )
         if not 0 < self.density_until <= 1:
             raise ValueError(f"density_until must be in (0, 1], got {self.density_until}")
@@ -142,6 +142,13 @@ class SparkFFNConfig:
         if self.selection == "none":
             return self.hidden
         return max(round(self.density * self.hidden), 1) if self.top_k is None else self.top_k
+
+    @property
+    def share(self) -> float:
+        """k / F as the threshold has it: the density itself, not rounded to whole neurons."""
+        if self.top_k is not None or self.selection != "statistical":
+            return self.k / self.hidden
+        return max(self.density, 1 / self.hidden)
 
     def cost(self) -> Cost:
         """One token's cost: FLOPs as training has them, dense; what decoding reads as units."""
@@ -184,7 +191,7 @@ class SparkFFN(nn.Module, Scheduled):
         self.predictor = Linear(c.r, c.hidden, role="ffn")  # K1, [F, r]
         self.up = Linear(c.d_value, c.hidden, role="ffn")  # K2, [F, D - r]
         self.down = Linear(c.hidden, c.d_model, role="ffn")  # V, [D, F]
-        self._z = quantile(c.k, c.hidden)
+        self._z = quantile(c.share, 1)
         if c.density_start is not None:
             self.register_buffer("quantile", torch.tensor(self._z))
 
@@ -230,7 +237,7 @@ class SparkFFN(nn.Module, Scheduled):
             return c.backend
         if reason is not None or x.device.type != "cpu":
             return "dense"
-        return chosen_backend(x.shape[:-1].numel(), c.k / c.hidden)
+        return chosen_backend(x.shape[:-1].numel(), c.share)
 
     def pack_for_decode(self) -> bool:
         """Lay `down` by neuron, in place (`layers.spark_decode`): same numbers, names, shapes.
@@ -246,8 +253,7 @@ class SparkFFN(nn.Module, Scheduled):
         if c.density_start is None:
             return
         done = min(step / (c.density_until * max_steps), 1.0)
-        k = c.density_start * c.hidden * (1 - done) + c.k * done
-        self.quantile.fill_(quantile(k, c.hidden))
+        self.quantile.fill_(quantile(c.density_start * (1 - done) + c.share * done, 1))
 
 
 def pack_for_decode(model: nn.Module) -> int:

@@ -63,7 +63,7 @@ class Density(Metric):
                 LayerDensity(
                     layer=layer,
                     n_neurons=c.hidden,
-                    target=c.k / c.hidden,
+                    target=c.share,
                     active=neurons / tokens / c.hidden,
                     active_by_domain={
                         name: (ran / seen / c.hidden).item()

@@ -314,7 +314,7 @@ def test_a_compiled_graph_is_dense():
         ({"selection": "none", "huber": 0.1}, "leave out huber=0.1"),
         ({"selection": "none", "backend": "bag"}, "runs all neurons, got backend='bag'"),
         ({"huber": -0.1}, "huber must be at least 0"),
-        ({"density_start": 0.05}, r"density_start must be in \[0.075, 1\)"),
+        ({"density_start": 0.05}, r"density_start must be in \[0.08, 1\)"),
         ({"density_start": 1.0}, "density_start must be in"),
         ({"density_start": 0.5, "selection": "exact"}, "is for selection: statistical"),
         ({"density_start": 0.5, "density_until": 0.0}, r"density_until must be in \(0, 1\]"),
