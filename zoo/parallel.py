@@ -53,7 +53,7 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh, tables: str = "none") ->
         for module in shared:  # or the block that owns it frees it too early, the model too late
             fully_shard(module, mesh=data, shard_placement_fn=_placement)
         for block in model.blocks:
-            block.register_forward_hook(_own_carry)  # before FSDP's own
+            block.register_forward_hook(_own_outputs)  # before FSDP's own
             fully_shard(block, mesh=data, shard_placement_fn=_placement)
         fully_shard(model, mesh=data, shard_placement_fn=_placement)
         assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -136,13 +136,15 @@ def _placement(p: nn.Parameter) -> Shard | None:
     return Shard(1 - cut.dim)
 
 
-def _own_carry(block: nn.Module, args: Any, out: BlockOutput) -> BlockOutput:
-    """FSDP2 hooks onto outputs, and warns of one that is a view, as router logits are."""
-    return out if out.carry is None else out._replace(carry=out.carry.clone())
+def _own_outputs(block: nn.Module, args: Any, out: BlockOutput) -> BlockOutput:
+    """FSDP2 hooks onto outputs, and warns of a view: router logits, what is for a later block."""
+    carry = None if out.carry is None else out.carry.clone()
+    later = tuple(each._replace(y=each.y.clone()) for each in out.later)
+    return out._replace(carry=carry, later=later)
 
 
 def _own_rows(pool: nn.Module, args: Any, y: Tensor) -> Tensor:
-    """As `_own_carry`, of what a shared pool returns."""
+    """As `_own_outputs`, of what a shared pool returns."""
     return y.clone()
 
 
