@@ -160,6 +160,33 @@ def test_tied_heads_dtypes_and_other_parts_are_kept():
             assert got.equal(want)
 
 
+@pytest.mark.parametrize("mixer", ["attention", {"name": "spark_attention", "top_k": 4}])
+@pytest.mark.parametrize("widths", [None, 16])
+def test_heads_are_extracted_alike(widths, mixer):
+    """Of grouped heads with norms: 4 query heads of 8 keep 2 key heads of 4."""
+    model = nested(GATED, n_heads=8, n_kv_heads=4, d_head=8, qk_norm=True, mixer=mixer)
+    made = extract(model, widths, heads=4)
+    tokens = torch.randint(17, (2, 7))
+    with torch.no_grad():
+        want = model(tokens, widths=None if widths is None else [widths] * 3, heads=[4] * 3).logits
+        assert made(tokens).logits.equal(want)
+    assert made.config.attention == model.config.attention.first(4)
+    assert made.config == extracted_config(model.config, widths, heads=4)
+    assert made.cost().params == sum(p.numel() for p in made.parameters())
+
+
+def test_heads_of_a_model_that_is_not_nested():
+    model = nested("swiglu", n_heads=4)
+    made = extract(model, heads=2)
+    tokens = torch.randint(17, (2, 7))
+    with torch.no_grad():
+        assert made(tokens).logits.equal(model(tokens, heads=[2] * 3).logits)
+    with pytest.raises(ValueError, match="nothing to extract: give widths, heads or both"):
+        extract(model)
+    with pytest.raises(ValueError, match=re.escape("heads must be in [1, n_heads=4], got 5")):
+        extract(model, heads=5)
+
+
 @pytest.mark.parametrize(
     ("ffn", "widths", "message"),
     [

@@ -13,18 +13,21 @@ from torch import Tensor
 
 from layers.matformer import MatFormerConfig
 from layers.precision import leaves
-from layers.prefix import Prefix, Prefixes
+from layers.prefix import Prefix, Prefixes, Spans
 from zoo.model import LanguageModel, ModelConfig
 from zoo.packing import header_of
 from zoo.plan import LayerChoice, layer_choices
 from zoo.pretrained import own_tensors
 from zoo.registry import Choice
 
+Part = Prefix | Spans | None  # of a leaf; None: all
 SubWidths = int | Sequence[int | None]  # of every nested layer, or one for each layer; None: all
 
 
-def extract(model: LanguageModel, widths: SubWidths) -> LanguageModel:
-    """The model that `model(tokens, widths=widths)` runs, without the rest of its weights.
+def extract(
+    model: LanguageModel, widths: SubWidths | None = None, *, heads: int | None = None
+) -> LanguageModel:
+    """The model that `model(tokens, widths=..., heads=...)` runs, without the rest of its weights.
 
     Its leaves compute in the precisions of the model's, with the scales that these keep; random
     streams are to be seeded anew, as after any load. In float32 dense layers give the same bits
@@ -32,19 +35,21 @@ def extract(model: LanguageModel, widths: SubWidths) -> LanguageModel:
     rows are aligned, and a mixture's on a kernel for whole experts.
 
     Args:
-        model: some of its layers are nested (matformer, or moe without shared experts).
+        model: for widths, some of its layers are nested (matformer, moe without shared experts).
         widths: hidden numbers of every nested layer, or one entry for each layer, None where all
-            run; `zoo.least_slope` finds them for a budget.
+            run; `zoo.least_slope` finds them for a budget. None: all run everywhere.
+        heads: the first so many attention heads, of every layer alike; None: all.
 
     Raises:
-        ValueError: for a model without nested layers, a width that a layer does not have, or
-            weights that are packed or corrected: extract before that.
+        ValueError: where neither is given, for a model without nested layers, a width or number of
+            heads that a layer does not have, or weights that are packed or corrected: extract
+            before that.
     """
     _check_weights(model)
-    settled = layer_widths(model.config, widths)
-    parts = _parts(model.config, settled)
+    config = extracted_config(model.config, widths, heads=heads)
+    parts = _parts(model.config, widths) | _attention_parts(model.config, heads)
     with torch.random.fork_rng(devices=[]):  # every weight drawn here is replaced
-        made = LanguageModel(extracted_config(model.config, settled))
+        made = LanguageModel(config)
     made.activation_checkpointing = model.activation_checkpointing
     of_model = leaves(model)
     for name, leaf in leaves(made).items():
@@ -57,17 +62,26 @@ def extract(model: LanguageModel, widths: SubWidths) -> LanguageModel:
     return made.train(model.training)
 
 
-def extracted_config(config: ModelConfig, widths: SubWidths) -> ModelConfig:
+def extracted_config(
+    config: ModelConfig, widths: SubWidths | None = None, *, heads: int | None = None
+) -> ModelConfig:
     """The shape of `extract`'s model; nothing is built. Arguments and errors are its."""
+    if widths is None and heads is None:
+        raise ValueError("nothing to extract: give widths, heads or both")
     settled = layer_widths(config, widths)
     plan, choices = layer_choices(config.ffn, config.n_layers), config.layers()
     says = [_said(*each) for each in zip(plan, choices, settled, strict=True)]
     ffn: Any = says[0] if all(each == says[0] for each in says) else says
-    return replace(config, ffn=ffn)
+    if heads is None:
+        return replace(config, ffn=ffn)
+    n, g = config.attention.counts(heads)
+    return replace(config, ffn=ffn, n_heads=n, n_kv_heads=g, d_head=config.attention.d_head)
 
 
-def layer_widths(config: ModelConfig, widths: SubWidths) -> tuple[int | None, ...]:
+def layer_widths(config: ModelConfig, widths: SubWidths | None) -> tuple[int | None, ...]:
     """One entry for each layer, checked; None: all of it, and where the layer is not nested."""
+    if widths is None:
+        return (None,) * config.n_layers
     choices = config.layers()
     nested = [bool(getattr(choice.config, "granularities", ())) for choice in choices]
     if not any(nested):
@@ -112,10 +126,11 @@ def _prefixes(choice: Choice, width: int) -> Prefixes:
     return getattr(config, "experts", config).parts(width)
 
 
-def _parts(config: ModelConfig, widths: Sequence[int | None]) -> dict[str, Prefix | None]:
-    """What is taken of each leaf that is cut, by its name; a bias goes with its rows."""
-    parts: dict[str, Prefix | None] = {}
-    for i, (choice, width) in enumerate(zip(config.layers(), widths, strict=True)):
+def _parts(config: ModelConfig, widths: SubWidths | None) -> dict[str, Part]:
+    """What is taken of each FFN leaf that is cut, by its name; a bias goes with its rows."""
+    parts: dict[str, Part] = {}
+    settled = layer_widths(config, widths)
+    for i, (choice, width) in enumerate(zip(config.layers(), settled, strict=True)):
         if width is None:
             continue
         inner, down = _prefixes(choice, width)
@@ -126,7 +141,23 @@ def _parts(config: ModelConfig, widths: Sequence[int | None]) -> dict[str, Prefi
     return parts
 
 
-def _cut(tensor: Tensor, name: str, parts: Mapping[str, Prefix | None]) -> Tensor:
+def _attention_parts(config: ModelConfig, heads: int | None) -> dict[str, Part]:
+    """What is taken of each attention leaf: rows of queries, keys and values, columns of `out`."""
+    if heads is None:
+        return {}
+    c = config.attention
+    n, g = c.counts(heads)
+    starts = (0, c.n_heads, c.n_heads + c.n_kv_heads)
+    spans = zip(starts, (n, g, g), strict=True)
+    rows = Spans(tuple((start * c.d_head, (start + count) * c.d_head) for start, count in spans))
+    parts: dict[str, Part] = {}
+    for i in range(config.n_layers):
+        parts[f"blocks.{i}.attention.qkv"] = rows
+        parts[f"blocks.{i}.attention.out"] = Prefix(columns=n * c.d_head)
+    return parts
+
+
+def _cut(tensor: Tensor, name: str, parts: Mapping[str, Part]) -> Tensor:
     """The part of one tensor of the model that the submodel has."""
     leaf, _, kind = name.rpartition(".")
     part = parts.get(leaf)
