@@ -10,6 +10,7 @@ import pytest
 from recipes.callbacks import SaveLast
 from recipes.load import load
 from recipes.metrics import evaluate
+from recipes.widths import evaluate_widths
 
 TINY = {
     "precision": "bf16",
@@ -70,7 +71,14 @@ def evaluate_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     def short(task, data):
         return evaluate(task.model, data.val_dataloader(), data.domains)
 
+    def short_widths(task, data):
+        loader = data.val_dataloader()
+        return (
+            evaluate_widths(task.model, task.recipe, loader, data.domains) if task.nesting else ()
+        )
+
     monkeypatch.setattr("recipes.train.final_evaluation", short)
+    monkeypatch.setattr("recipes.train.final_widths", short_widths)
 
 
 def timeless(result: dict[str, Any]) -> dict[str, Any]:
