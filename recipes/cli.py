@@ -169,7 +169,7 @@ def extract(
     run: Annotated[Path, typer.Argument(help="A finished nested run's directory.")],
     options: Annotated[list[str] | None, typer.Argument(
         metavar="KEY=VALUE...",
-        help="widths=64, widths=[32,64,64], or hidden|params|flops=N; multiple_of=N out=DIR",
+        help="widths=64, widths=[32,64,64], hidden|params|flops=N; heads=N out=DIR",
     )] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip

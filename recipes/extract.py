@@ -38,23 +38,25 @@ class ExtractOptions:
     params: float | None = None
     flops: float | None = None
     multiple_of: int | None = None
+    heads: int | None = None  # the first so many of every layer; beside widths or alone
 
     def __post_init__(self) -> None:
         budgets = {"hidden": self.hidden, "params": self.params, "flops": self.flops}
         given = {name: n for name, n in budgets.items() if n is not None}
-        if (self.widths is not None) + len(given) != 1:
-            said = [*(["widths"] if self.widths is not None else []), *given]
+        said = [*(["widths"] if self.widths is not None else []), *given]
+        if len(said) > 1 or not (said or self.heads is not None):
             raise ValueError(
-                f"extract takes one of widths, {', '.join(budgets)}, got {said or 'none'}"
+                f"extract takes one of widths, {', '.join(budgets)}, or heads alone, "
+                f"got {said or 'none'}"
             )
         check_positive(**given)
-        if self.multiple_of is not None and self.widths is not None:
-            raise ValueError("multiple_of is of a budget: leave it out where widths are given")
+        if self.multiple_of is not None and not given:
+            raise ValueError("multiple_of is of a budget: leave it out where none is given")
         _check_widths(self.widths)
 
     def settled(self, config: ModelConfig) -> tuple[int | None, ...]:
-        """The width of each layer, None where it is not nested."""
-        if self.widths is not None:
+        """The width of each layer, None where all of it is taken."""
+        if self.widths is not None or (self.hidden, self.params, self.flops) == (None,) * 3:
             return layer_widths(config, self.widths)
         return least_slope(
             config, hidden=self.hidden, params=self.params, flops=self.flops,
@@ -68,9 +70,10 @@ def extract_run(
     """Write a submodel of a finished nested run as a plain run, in a directory of its own.
 
     Args:
-        run: a finished run's directory, some of its layers nested (matformer, or moe).
+        run: a finished run's directory; for widths, some of its layers nested (matformer, moe).
         out: a directory that is not there yet; None: beside the run, with "-extract" behind.
-        options: of `ExtractOptions`, e.g. widths=64, widths=[64, 64, 128] or params=1e6.
+        options: of `ExtractOptions`, e.g. widths=64, widths=[64, 64, 128] or params=1e6 (of the
+            model with all of its heads).
 
     Returns:
         The content of extract.json.
@@ -88,7 +91,7 @@ def extract_run(
         raise ValueError(f"{out} is already there: give another out=, or delete it")
     whole = read_model(run)
     widths = said.settled(whole.recipe.model)
-    made = extract(whole.model, widths)
+    made = extract(whole.model, widths, heads=said.heads)
     recipe = replace(whole.recipe, model=made.config, nested=None, init_from=str(out))
     load.check(recipe)
     with settings(recipe.trainer), record.filling(out) as part:
@@ -98,12 +101,12 @@ def extract_run(
         (part / "weights.safetensors").chmod(0o644)  # as the other files; the library writes 0600
         tasks = (whole, read_model(part))  # as it will be read
         found = [final_evaluation(task, data) for task in tasks]
-        result = {"run": run.name, "widths": list(widths), "seed": recipe.seed}
+        result = {"run": run.name, "widths": list(widths), "heads": said.heads, "seed": recipe.seed}
         result |= _figures(tasks, [each.bpb.final().bpb for each in found])
         record.write_json(part / "extract.json", result)
         trained = record.read_result(run)
         if trained is not None:
-            as_run = run_result(trained, recipe, f"w{label(widths)}", found[1])
+            as_run = run_result(trained, recipe, label(widths, said.heads), found[1])
             record.write_json(part / "result.json", as_run)
     return result
 
@@ -111,7 +114,8 @@ def extract_run(
 def show(result: Mapping[str, Any]) -> None:
     """Two lines on what `extract_run` returned."""
     bpb, params, flops = result["bpb"], result["params"], result["flops_per_token"]
-    print(f"widths {', '.join('-' if w is None else str(w) for w in result['widths'])}")
+    widths = ", ".join("all" if w is None else str(w) for w in result["widths"])
+    print(f"widths {widths}; heads {result['heads'] or 'all'}")
     print(
         f"{bpb['before']:.4f} -> {bpb['after']:.4f} bits/byte, "
         f"{params['before']:,} -> {params['after']:,} parameters, "
@@ -119,15 +123,16 @@ def show(result: Mapping[str, Any]) -> None:
     )
 
 
-def label(widths: Sequence[int | None]) -> str:
-    """Widths in a few characters, from the first layer on: "64", "2x32+4x64"."""
+def label(widths: Sequence[int | None], heads: int | None) -> str:
+    """What was taken, widths from the first layer on: "w64", "w2x32+4x64-h4"."""
     runs: list[list[int]] = []  # width, how many layers in a row
     for width in (w for w in widths if w is not None):
         if runs and runs[-1][0] == width:
             runs[-1][1] += 1
         else:
             runs.append([width, 1])
-    return str(runs[0][0]) if len(runs) == 1 else "+".join(f"{n}x{width}" for width, n in runs)
+    said = str(runs[0][0]) if len(runs) == 1 else "+".join(f"{n}x{width}" for width, n in runs)
+    return "-".join([*([f"w{said}"] if runs else []), *([f"h{heads}"] if heads else [])])
 
 
 def _check_widths(widths: SubWidths | Any) -> None:

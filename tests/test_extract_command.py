@@ -73,7 +73,7 @@ def test_the_directory_is_a_run_of_a_plain_model(run, tmp_path, capsys):
     assert result["flops_per_token"]["after"] < result["flops_per_token"]["before"]
     assert both[1].widths == ()
     show(result)
-    assert capsys.readouterr().out.startswith("widths 16, 32\n")
+    assert capsys.readouterr().out.startswith("widths 16, 32; heads all\n")
 
 
 def test_its_bits_per_byte_are_the_submodels(run, tmp_path):
@@ -112,18 +112,29 @@ def test_it_can_be_trained_on_sampled_and_quantised(run, tmp_path, monkeypatch):
 
 
 def test_labels():
-    assert label([64, None, 64]) == "64"
-    assert label([32, 32, 64, None, 64, 64]) == "2x32+3x64"
+    assert label([64, None, 64], None) == "w64"
+    assert label([32, 32, 64, None, 64, 64], 4) == "w2x32+3x64-h4"
+    assert label([None, None], 4) == "h4"
+
+
+def test_heads_alone(run, tmp_path):
+    result = extract_run(run, heads=1, out=tmp_path / "made")
+    assert (result["widths"], result["heads"]) == ([None, None], 1)
+    made = read_model(tmp_path / "made").model
+    assert (made.config.n_heads, made.config.d_head) == (1, 16)
+    assert [block.ffn.config.hidden for block in made.blocks] == [64, 64]
+    with refused("heads must be in [1, n_heads=2], got 3"):
+        extract_run(run, heads=3)
 
 
 def test_errors(run, tmp_path):
     with refused("is it a finished run?"):
         extract_run(tmp_path, widths=8)
-    with refused("extract takes one of widths, hidden, params, flops, got none"):
+    with refused("extract takes one of widths, hidden, params, flops, or heads alone, got none"):
         extract_run(run)
-    with refused("extract takes one of widths, hidden, params, flops, got ['widths', 'params']"):
+    with refused("one of widths, hidden, params, flops, or heads alone, got ['widths', 'params']"):
         extract_run(run, widths=8, params=1e4)
-    with refused("multiple_of is of a budget"):
+    with refused("multiple_of is of a budget: leave it out"):
         extract_run(run, widths=8, multiple_of=2)
     with refused("widths must be a number, or a list of one for each layer, got wide"):
         extract_run(run, widths="wide")
