@@ -97,8 +97,8 @@ class SparkAttention(Heads[SparkAttentionConfig]):
     """y = out(sum_j softmax_j(topk(q1 k1_j)) softplus(q2 k2_j) v_j) for each head; see above.
 
     Computed densely and masked, [B, H, S, P], so that memory grows with the product of queries and
-    keys; a single token with a cache on a CPU reads the second part of the keys, and the values, at
-    kept positions alone.
+    keys; a single token with a cache on a CPU that sees more than 2 `top_k` keys reads the second
+    part of the keys, and the values, at kept positions alone.
     """
 
     def turn(self, qk: Tensor, rope: Rope) -> Tensor:
@@ -148,10 +148,13 @@ class SparkAttention(Heads[SparkAttentionConfig]):
         return statistical_topk(logits, c.top_k, form="-inf", mask=mask, keep_argmax=True)
 
     def _pays(self, q: Tensor, k: Tensor) -> bool:
-        """Whether to read kept positions alone: one token on a CPU that sees more than it keeps."""
+        """Whether to read kept positions alone: one token on a CPU, of many keys.
+
+        Where it keeps more than half, finding them costs what they save (benchmarks).
+        """
         return (
             q.shape[2] == 1
-            and k.shape[2] > self.config.top_k
+            and k.shape[2] > 2 * self.config.top_k
             and q.device.type == "cpu"
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
