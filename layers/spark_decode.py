@@ -23,7 +23,7 @@ from layers.packing.weight import Packed, PackedWeight
 BACKENDS = ("auto", "dense", "gather", "bag")
 # Rows of down that all tokens read together, as a share of the neurons, up to which a backend is
 # the fastest on a CPU (benchmarks/spark.md).
-GATHER_UP_TO, BAG_UP_TO = 0.35, 2.6
+GATHER_UP_TO, BAG_UP_TO = 1.3, 5.2
 ROOM = 1.5  # of the scratch, over what is asked: rows differ from token to token
 
 

@@ -254,16 +254,16 @@ def test_laying_by_neuron_changes_no_number_and_trains_on():
 
 
 def test_what_runs_how():
-    assert [chosen_backend(n, 0.08) for n in (1, 4, 8, 32, 512)] == [
+    assert [chosen_backend(n, 0.08) for n in (1, 16, 17, 64, 512)] == [
         "gather", "gather", "bag", "bag", "dense",
     ]  # fmt: skip
-    assert chosen_backend(1, 0.9) == "bag"
+    assert chosen_backend(2, 0.9) == "bag"
     ffn, x = made(torch.float32).eval(), tokens(1, 1).float()
     with torch.no_grad():
         assert ffn._backend(x) == "dense"  # lies by output
         assert ffn.pack_for_decode()
         assert ffn._backend(x) == "gather"
-        assert ffn._backend(tokens(1, 8).float()) == "bag"
+        assert ffn._backend(tokens(1, 20).float()) == "bag"
         assert ffn._backend(tokens(8, 64).float()) == "dense"
         assert made(backend="dense")._backend(x) == "dense"
         for precision, expected in (("bf16", "gather"), ("fp32", "gather"), ("nvfp4", "dense")):

@@ -119,6 +119,21 @@ def test_scales_with_its_input_and_ignores_a_shift():
     assert_close(statistical_topk(3.7 * x - 11, 20), 3.7 * statistical_topk(x, 20))
 
 
+@pytest.mark.parametrize("huber", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_single_row_without_gradients_is_the_row_of_many(huber, dtype):
+    x = torch.randn(3, 300).to(dtype)
+    with torch.no_grad():
+        many = statistical_topk(x, 20, huber=huber)
+        for row, y in zip(x, many, strict=True):
+            got = statistical_topk(row.view(1, 1, 300), 20, huber=huber)
+            assert got.dtype == dtype
+            assert_close(got[0, 0], y)
+        for flat in (0.0, 0.1, -3e4):
+            assert not statistical_topk(torch.full((1, 50), flat), 7).any()
+        assert statistical_topk(torch.full((1, 50), math.nan), 7).isnan().all()
+
+
 @each_operator
 def test_relabelling_entries_changes_nothing(operator):
     x, order = torch.randn(6, 300), torch.randperm(300)
