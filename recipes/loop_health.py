@@ -19,7 +19,8 @@ from recipes.report.depth_records import LayerLoops, TokenLoops
 from recipes.schema import DataConfig
 from recipes.text import tokenizer
 
-FREQUENT = 256  # tokens of the vocabulary that the extremes are taken from
+FREQUENT = 256  # tokens of the vocabulary that the extremes are taken from, at most
+RARE = 1 / 2000  # of all places: below it a token's mean would be noise
 EXTREMES = 10  # of them at either end
 
 
@@ -130,7 +131,7 @@ def _extremes(
 ) -> dict[str, tuple[TokenLoops, ...]]:
     """Of the most frequent tokens those of fewest and of most loops. sums, n_tokens: [V]."""
     common = n_tokens.sort(descending=True, stable=True).indices[:FREQUENT]
-    common = common[n_tokens[common] > 0]
+    common = common[n_tokens[common] > RARE * n_tokens.sum()]
     order = common[(sums[common] / n_tokens[common]).sort(stable=True).indices].tolist()
     n = min(EXTREMES, len(order) // 2)
 
