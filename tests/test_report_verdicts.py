@@ -63,6 +63,31 @@ def test_the_same_three_seeds_are_compared_in_pairs():
     assert judged(shifted)[0].word == "not resolved"
 
 
+def test_three_other_seeds_are_compared_by_welch():
+    group = {10: 2.41, 11: 2.45, 12: 2.43}
+    (d,) = judged(group)
+    expected: Any = stats.ttest_ind(list(group.values()), list(BASELINE.values()), equal_var=False)
+    assert (d.p, d.df) == pytest.approx((expected.pvalue, expected.df))
+    assert d.how == "Welch's test: other seeds"
+
+
+def test_what_lies_within_the_margin_beyond_the_noise_is_equivalent():
+    group = {0: 2.4612, 1: 2.4549, 2: 2.4659, 3: 2.4583}
+    (d,) = judged(group)
+    assert (d.word, d.resolved) == ("equivalent", False)
+    (single,) = judged({0: 2.460})
+    assert single.word == "not resolved"  # one run shows no noise of its own
+
+
+def test_a_single_run_needs_three_sigma_however_many_seeds_the_baseline_has():
+    rng = Random(1)
+    many = {seed: rng.gauss(2.46, 0.01) for seed in range(60)}
+    s, mean = stdev(many.values()), sum(many.values()) / 60
+    near, far = judged({99: mean - 2.7 * s}, {99: mean - 3.3 * s}, baseline=many)
+    assert near.p < 0.05
+    assert (near.word, far.word) == ("not resolved", "better")
+
+
 @pytest.mark.parametrize(
     ("baseline", "why"),
     [

@@ -164,8 +164,9 @@ def _gap(s: Study) -> Any:
             hatch=None if d.resolved else "////",
             error_kw={"elinewidth": 0.8, "capsize": 2},
         )
-    words = {g.key: "" if d.resolved else f" ({d.word})" for g in groups if (d := s.gaps[g.key])}
-    names = [f"{g.label}{words[g.key]}" for g in groups]
+    judged = [s.gaps[g.key] for g in groups]
+    words = ["" if d.resolved else f" ({d.word})" for d in judged]
+    names = [f"{g.label}{word}" for g, word in zip(groups, words, strict=True)]
     axes.set_yticks(range(len(groups)), names)
     axes.invert_yaxis()
     axes.axvline(0, color="#444", linewidth=0.8)
