@@ -72,10 +72,9 @@ def evaluate_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
         return evaluate(task.model, data.val_dataloader(), data.domains)
 
     def short_widths(task, data):
-        loader = data.val_dataloader()
-        return (
-            evaluate_widths(task.model, task.recipe, loader, data.domains) if task.nesting else ()
-        )
+        if task.nesting is None:
+            return ()
+        return evaluate_widths(task.model, task.recipe, data.val_dataloader(), data.domains)
 
     monkeypatch.setattr("recipes.train.final_evaluation", short)
     monkeypatch.setattr("recipes.train.final_widths", short_widths)
