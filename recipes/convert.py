@@ -55,9 +55,9 @@ def convert_run(
     teacher of its routers (`recipes.prior`), unless told prior_teacher=null.
 
     Args:
-        run: a finished run's directory, its chosen layers `swiglu`.
+        run: a finished run's directory, its chosen layers `swiglu` (spark: or `mlp`).
         to: a row of `zoo.conversion.METHODS`: upcycle | granular | drop | factor_llm | spt |
-            versatile.
+            versatile | spark.
         out: a directory that is not there yet; None: beside the run, named after the conversion.
         teach_steps: batches of the run's training data on which the dense model teaches the routers
             of factor_llm, before bits per byte are measured; receipts are of before.

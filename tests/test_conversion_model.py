@@ -51,6 +51,9 @@ def test_the_same_seed_gives_the_same_model_and_another_another(to):
     model = tiny_model()
     one, same, other = (convert(model, to, seed=seed).model.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
+    if to == "spark":  # which draws nothing
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        return
     assert not torch.equal(one["blocks.0.ffn.router.weight"], other["blocks.0.ffn.router.weight"])
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layers.mlp import MLP
 from layers.moe import MoE
+from layers.spark_ffn import SparkFFN
 from layers.spt_ffn import SPTFFN
 from layers.swiglu import SwiGLU
 from layers.versatile_ffn import VersatileFFN
@@ -15,7 +17,8 @@ from zoo.conversion.stacks import DenseFFN
 from zoo.registry import create
 
 RECEIPT_TOKENS = 256
-Converted = MoE | SPTFFN | VersatileFFN  # what a dense layer becomes
+Dense = SwiGLU | MLP
+Converted = MoE | SPTFFN | VersatileFFN | SparkFFN  # what a dense layer becomes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +32,27 @@ class LayerReceipt:
 
 
 def dense_of(ffn: nn.Module) -> DenseFFN:
-    """The weights of a `swiglu` layer. Raises ValueError for another or a quantised one."""
-    if not isinstance(ffn, SwiGLU):
+    """The weights of a `swiglu` layer, or of an `mlp`, whose gate and up are one and the same.
+
+    Raises ValueError for another or a quantised one.
+    """
+    if not isinstance(ffn, Dense):
         raise ValueError(f"only swiglu layers are converted, got a {type(ffn).__name__}")
-    if ffn.gate_up.correction is not None or ffn.down.correction is not None:
+    inner = ffn.up if isinstance(ffn, MLP) else ffn.gate_up
+    if inner.correction is not None or ffn.down.correction is not None:
         raise ValueError("a quantised layer is not converted: convert the run that it came from")
+    if isinstance(ffn, MLP):
+        up = ffn.up.weight.detach()
+        return DenseFFN(up, up, ffn.down.weight.detach())
     gate, up = ffn.gate_up.weight.detach().chunk(2)
     return DenseFFN(gate, up, ffn.down.weight.detach())
 
 
 def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> Converted:
-    """Another layer in place of a `swiglu` layer, on the same device in the same dtype.
+    """Another layer in place of a dense one, on the same device in the same dtype.
 
     Args:
-        ffn: a `layers.swiglu.SwiGLU`.
+        ffn: a `layers.swiglu.SwiGLU`; for spark a `layers.mlp.MLP` too.
         to: a row of `METHODS`.
         seed: of the router and whatever else is drawn.
         options: of the method (`zoo.conversion.methods`).
@@ -51,13 +61,13 @@ def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> Co
         ValueError: for another kind of layer, or options that its width does not allow.
     """
     dense, generator = dense_of(ffn), torch.Generator().manual_seed(seed)
-    assert isinstance(ffn, SwiGLU)
     said = options_for(to, options)
-    says = said.layer(ffn.config.hidden, ffn.config.activation)
-    made = create(**says, d_model=ffn.config.d_model)
+    if not isinstance(ffn, said.sources):
+        raise ValueError(f"only swiglu layers are converted, got a {type(ffn).__name__}")
+    made = create(**said.layer_for(ffn), d_model=ffn.config.d_model)
     assert isinstance(made, Converted)
     made.to(dense.up.device, dense.up.dtype)
-    for decides in (made.router, getattr(made, "loop_predictor", None)):
+    for decides in (getattr(made, "router", None), getattr(made, "loop_predictor", None)):
         if decides is not None:  # in float32
             decides.to(torch.promote_types(dense.up.dtype, torch.float32))
     parameters = dict(made.named_parameters())
@@ -68,7 +78,7 @@ def convert_ffn(ffn: nn.Module, to: str, *, seed: int = 0, **options: Any) -> Co
 
 
 @torch.no_grad()
-def receipt(ffn: SwiGLU, made: Converted, layer: int, seed: int) -> LayerReceipt:
+def receipt(ffn: Dense, made: Converted, layer: int, seed: int) -> LayerReceipt:
     """Compare in float64 without formats, on unit normal inputs, as an RMS norm hands them on.
 
     A layer with a norm of its own reads them raw, and the dense one as that norm hands them on.
@@ -89,14 +99,11 @@ def receipt(ffn: SwiGLU, made: Converted, layer: int, seed: int) -> LayerReceipt
     )
 
 
-def _exactly(module: SwiGLU | Converted) -> nn.Module:
+def _exactly(module: Dense | Converted) -> nn.Module:
     """A float64 copy that computes in no format, evaluating, on the CPU."""
-    if isinstance(module, SwiGLU):
-        copy: nn.Module = SwiGLU(module.config)
-    else:
-        router: Any = module.router
-        parts = () if router is None else (type(router)(router.config),)
-        copy = type(module)(module.config, *parts)  # pyright: ignore
+    router: Any = getattr(module, "router", None)
+    parts = () if router is None else (type(router)(router.config),)
+    copy: nn.Module = type(module)(module.config, *parts)  # pyright: ignore
     copy.double().load_state_dict(module.state_dict())
     return copy.eval()
 

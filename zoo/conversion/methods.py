@@ -11,6 +11,7 @@ from layers.names import check_choice, unknown
 from layers.spt_ffn import in_blocks
 from zoo.conversion.grouping import GROUPINGS
 from zoo.conversion.options import ConversionOptions, MixtureOptions, SoftmaxOptions
+from zoo.conversion.spark import SparkOptions
 from zoo.conversion.stacks import (
     DenseFFN,
     ExpertStacks,
@@ -215,6 +216,7 @@ METHODS: dict[str, type[ConversionOptions]] = {
     "factor_llm": FactorOptions,
     "spt": SPTOptions,
     "versatile": VersatileOptions,
+    "spark": SparkOptions,
 }
 
 

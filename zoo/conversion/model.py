@@ -8,9 +8,8 @@ import torch
 
 from layers.precision import leaves
 from layers.selection import select_layers
-from layers.swiglu import SwiGLU
 from layers.versatile_ffn import VersatileFFN
-from zoo.conversion.layer import Converted, LayerReceipt, convert_ffn, receipt
+from zoo.conversion.layer import Converted, Dense, LayerReceipt, convert_ffn, receipt
 from zoo.conversion.methods import VersatileOptions, method_of, options_for
 from zoo.model import LanguageModel
 from zoo.plan import LayerChoice, layer_choices
@@ -29,8 +28,8 @@ def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> 
     """The chosen layers of a dense model converted (moe.md 12, converter contract).
 
     Args:
-        model: its chosen layers are `swiglu`; it stays as it is.
-        to: a row of `METHODS`: upcycle | granular | drop | factor_llm | spt | versatile.
+        model: its chosen layers are `swiglu`, for spark perhaps `mlp`; it stays as it is.
+        to: a row of `METHODS`: upcycle | granular | drop | factor_llm | spt | versatile | spark.
         seed: of everything drawn; each layer draws its own.
         options: of the method (`zoo.conversion.methods`).
 
@@ -50,9 +49,9 @@ def convert(model: LanguageModel, to: str, *, seed: int = 0, **options: Any) -> 
     says = [_said(choice) for choice in layer_choices(config.ffn, config.n_layers)]
     new_layers, receipts = {}, []
     for i in chosen:
-        ffn, layer_seed = _ffn(model, i), seed * 1_000_003 + i
+        ffn, layer_seed = _ffn(model, i, said.sources), seed * 1_000_003 + i
         new_layers[i] = convert_ffn(ffn, to, seed=layer_seed, **options)
-        says[i] = said.layer(ffn.config.hidden, ffn.config.activation)
+        says[i] = said.layer_for(ffn)
         _take_norm(new_layers[i], model.blocks[i])
         receipts.append(receipt(ffn, new_layers[i], i, layer_seed))
     ffn_says: Any = says[0] if all(each == says[0] for each in says) else says
@@ -76,11 +75,12 @@ def _check_scales(model: LanguageModel) -> None:
             )
 
 
-def _ffn(model: LanguageModel, layer: int) -> SwiGLU:
+def _ffn(model: LanguageModel, layer: int, sources: tuple[type[Dense], ...]) -> Dense:
     ffn = model.blocks[layer].ffn
-    if not isinstance(ffn, SwiGLU):
+    if not isinstance(ffn, sources):
+        names = " and ".join(source.__name__.lower() for source in sources)
         raise ValueError(
-            f"layer {layer} is a {type(ffn).__name__}, only swiglu layers are converted: "
+            f"layer {layer} is a {type(ffn).__name__}, only {names} layers are converted: "
             "choose others with layers="
         )
     return ffn

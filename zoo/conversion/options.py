@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from layers.mlp import MLP
 from layers.names import check_positive
+from layers.swiglu import SwiGLU
 from routers.scores import INIT_STD
 from zoo.conversion.stacks import DenseFFN, ExpertStacks, mixing_scale, with_noise
 
@@ -15,6 +17,8 @@ from zoo.conversion.stacks import DenseFFN, ExpertStacks, mixing_scale, with_noi
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(ABC):
     """What every method may be told."""
+
+    sources: ClassVar[tuple[type[SwiGLU | MLP], ...]] = (SwiGLU,)  # what it converts
 
     router_std: float = INIT_STD  # of the new router's normal weights
     layers: Any = ":"  # which dense layers, as in layers.selection: "1::2" every other
@@ -25,6 +29,10 @@ class ConversionOptions(ABC):
     @abstractmethod
     def layer(self, d_ff: int, activation: str) -> dict[str, Any]:
         """The converted layer as a recipe's `ffn` says it."""
+
+    def layer_for(self, ffn: SwiGLU | MLP) -> dict[str, Any]:
+        """`layer` of that dense one, of a kind in `sources`."""
+        return self.layer(ffn.config.hidden, ffn.config.activation)
 
     @abstractmethod
     def weights(self, dense: DenseFFN, generator: torch.Generator) -> dict[str, Tensor]:
