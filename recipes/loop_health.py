@@ -96,7 +96,7 @@ class LoopHealth(Metric):
         return counts, cast(Tensor, self.by_token), cast(Tensor, self.n_tokens)
 
     def layers(self, words: Callable[[int], str] | None = None) -> tuple[LayerLoops, ...]:
-        """A record per layer that was seen. words: how a token is read; None: tokens are left out."""
+        """A record per layer that was seen. words: how a token is read; None: no tokens in it."""
         counts, by_token, n_tokens = self.compute()
         records = []
         for row, (layer, of) in enumerate(counts.items()):
