@@ -4,7 +4,7 @@ Where later ideas go, without a change to what stands:
 
 - another layout (FFN, attention, FFN): another list of branches; each has a name of its own, and a
   second reporting FFN gets its branch's name as a prefix of its stats;
-- another token mixer: a branch with `mixes=True`, called like `zoo.attention.Attention`;
+- another token mixer: a branch with `mixes=True`, called like `zoo.heads.Heads`;
 - a variant that reads the raw residual and owns its norm: a branch with `norm=None`, which a row
   of the catalogue asks for with `own_norm=True`;
 - a part shared by several layers: as memory pools are (`zoo.pools`), a module of the model, handed
