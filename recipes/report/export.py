@@ -16,7 +16,7 @@ Cell = str | int | float | None
 
 def results_csv(results: dict[str, Any] | Path) -> str:
     """One row per run, flat numbers at full precision; a number that a run lacks is empty."""
-    return _csv(_run_row(run) for run in read_results(results).runs)
+    return csv_text(run_row(run) for run in read_results(results).runs)
 
 
 def verdicts_csv(study: Study) -> str:
@@ -24,10 +24,11 @@ def verdicts_csv(study: Study) -> str:
     b = study.baseline
     against = [(key, f"{b.variant} {b.precision}", d) for key, d in study.verdicts.items()]
     gaps = [(key, f"{key[0]} {study.reference}", d) for key, d in study.gaps.items()]
-    return _csv(_difference_row(*row) for row in (*against, *gaps))
+    return csv_text(difference_row(*row) for row in (*against, *gaps))
 
 
-def _run_row(run: Run) -> dict[str, Cell]:
+def run_row(run: Run) -> dict[str, Cell]:
+    """Flat numbers of a run."""
     cost, final, speed = run.cost, run.final, run.speed
     row: dict[str, Cell] = {
         name: getattr(run, name)
@@ -70,7 +71,8 @@ def _run_row(run: Run) -> dict[str, Cell]:
     return row
 
 
-def _difference_row(key: tuple[str, str], to: str, d: Difference) -> dict[str, Cell]:
+def difference_row(key: tuple[str, str], to: str, d: Difference) -> dict[str, Cell]:
+    """A judged difference. key: variant and precision; to: what it is a difference to."""
     low, high = d.interval or (None, None)
     return {
         "variant": key[0],
@@ -87,7 +89,7 @@ def _difference_row(key: tuple[str, str], to: str, d: Difference) -> dict[str, C
     }
 
 
-def _csv(rows: Iterable[dict[str, Cell]]) -> str:
+def csv_text(rows: Iterable[dict[str, Cell]]) -> str:
     """CSV with the union of the columns, in the order in which they first come."""
     listed = list(rows)
     columns = list(dict.fromkeys(name for row in listed for name in row))

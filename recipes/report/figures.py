@@ -100,9 +100,9 @@ def _curve(study: Study, group: Group, run: Run, x: dict[str, Any], y: dict[str,
     }
 
 
-def thinned(curve: Sequence[Point]) -> list[Point]:
-    """At most MAX_POINTS evenly taken ones, and every one with an evaluation."""
-    stride = -(-len(curve) // MAX_POINTS)
+def thinned(curve: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+    """At most so many evenly taken ones, and every one with an evaluation."""
+    stride = -(-len(curve) // most)
     last = len(curve) - 1
     return [
         p for i, p in enumerate(curve) if i % stride == 0 or i == last or p.eval_bpb is not None

@@ -15,7 +15,7 @@ from recipes.statistics.verdicts import Difference, Word
 def headline(study: Study) -> Markup:
     """Facts, one row per judged group, the budget table and the statistics."""
     return join(
-        el("div", *(_fact(*fact) for fact in _facts(study)), class_="facts"),
+        el("div", *(fact(*given) for given in _facts(study)), class_="facts"),
         _summary(study),
         _forest(study),
         budget_table(study),
@@ -57,7 +57,8 @@ def _reason(d: Difference) -> str:
 Fact = tuple[str, str, str]  # name, value, note
 
 
-def _fact(key: str, value: str, note: str) -> Markup:
+def fact(key: str, value: str, note: str) -> Markup:
+    """A number with its name above and a note below."""
     return el(
         "div",
         el("div", key, class_="key"),
@@ -171,7 +172,7 @@ def _forest_row(study: Study, group: Group, reach: float) -> Markup:
     number = text.signed(d.value, study.digits)
     picture = el(
         "svg",
-        *_interval(d, study.look.colours[group.variant], reach),
+        *whisker(d, study.look.colours[group.variant], reach),
         role="img",
         aria_label=f"{group.words}: {number}",
     )
@@ -185,7 +186,7 @@ def _forest_row(study: Study, group: Group, reach: float) -> Markup:
     )
 
 
-def _interval(d: Difference, colour: str, reach: float) -> list[Markup]:
+def whisker(d: Difference, colour: str, reach: float) -> list[Markup]:
     """Zero line, interval and point; hollow where not resolved. Zero is in the middle."""
 
     def x(value: float) -> str:

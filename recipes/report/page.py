@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -12,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from recipes.report.export import results_csv, verdicts_csv
 from recipes.report.headline import headline
 from recipes.report.records import read_results
-from recipes.report.sections import sections
+from recipes.report.sections import Section, sections
 from recipes.report.study import Study, study
 from recipes.report.text import Markup, el, join
 
@@ -34,7 +35,11 @@ def write_report(results: dict[str, Any] | Path, out: Path) -> Path:
     Raises:
         ValueError: one line, where the results are malformed.
     """
-    html = render(results)
+    return write_page(render(results), out)
+
+
+def write_page(html: str, out: Path) -> Path:
+    """Write a page to a file, or as `report.html` into a directory (no .html ending)."""
     path = out if out.suffix.lower() in SUFFIXES else out / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")  # a killed run leaves no half report
@@ -47,25 +52,36 @@ def render(results: dict[str, Any] | Path) -> str:
     """The report as text."""
     read = read_results(results)
     data = study(read)
-    parts = sections(data)
-    title = read.comparison.name if read.comparison else "Runs side by side"
+    return compose(
+        title=read.comparison.name if read.comparison else "Runs side by side",
+        kicker="Comparison" if read.comparison else "Report",
+        headline=headline(data),
+        sections=sections(data),
+        downloads=_downloads(results, data),
+    )
+
+
+def compose(
+    *, title: str, kicker: str, headline: Markup, sections: Sequence[Section], downloads: Markup
+) -> str:
+    """A page of its parts, with style, script and plotly inside."""
     scripts = {"plotly": get_plotlyjs(), "script": _package_text("page.js")}
     policy = " ".join(_hash(script) for script in scripts.values())
     body = [
         el("section", el("h2", el("a", part.title, href=f"#{part.id}")), part.body, id=part.id)
-        for part in parts
+        for part in sections
     ]
-    links = [el("li", el("a", part.title, href=f"#{part.id}")) for part in parts]
+    links = [el("li", el("a", part.title, href=f"#{part.id}")) for part in sections]
     return Template(_package_text("page.html")).substitute(
         title=el("title", f"{title} · report"),
         heading=join(title),
-        kicker="Comparison" if read.comparison else "Report",
+        kicker=kicker,
         script_policy=policy,
         style=_package_text("page.css"),
         contents=join(*links),
-        headline=headline(data),
+        headline=headline,
         sections=join(*body),
-        downloads=_downloads(results, data),
+        downloads=downloads,
         **scripts,
     )
 
@@ -73,12 +89,13 @@ def render(results: dict[str, Any] | Path) -> str:
 def _downloads(results: dict[str, Any] | Path, data: Study) -> Markup:
     """The numbers of the page as files, inside the page."""
     return join(
-        _download("results.csv", "one row per run", results_csv(results)),
-        _download("verdicts.csv", "every difference with its interval", verdicts_csv(data)),
+        download("results.csv", "one row per run", results_csv(results)),
+        download("verdicts.csv", "every difference with its interval", verdicts_csv(data)),
     )
 
 
-def _download(name: str, note: str, content: str) -> Markup:
+def download(name: str, note: str, content: str) -> Markup:
+    """A file inside the page, as an entry of its list."""
     encoded = base64.b64encode(content.encode("utf-8", "replace")).decode()
     link = el("a", name, href=f"data:text/csv;base64,{encoded}", download=name)
     return el("li", link, " ", el("span", note, class_="quiet"))

@@ -1,6 +1,6 @@
 """Figures for papers, as PNG, SVG or PDF; matplotlib, the extra `figures`, is loaded here only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ STYLE: Any = {
 
 
 def write_figures(
-    results: dict[str, Any] | Path, out_dir: Path, formats: Sequence[str] = ("png", "svg")
+    results: dict[str, Any] | Path, out_dir: Path, formats: Sequence[str] = FORMATS
 ) -> list[Path]:
     """Loss curves, frontiers, precision gap and expert load, one file each and format.
 
@@ -45,6 +45,22 @@ def write_figures(
     Raises:
         ValueError: matplotlib is missing, a format is unknown, or the results are malformed.
     """
+    data = study(read_results(results))
+
+    def drawn() -> dict[str, Any]:
+        return {"loss": _loss(data), "gap": _gap(data), "load": _load(data), **_frontiers(data)}
+
+    return write_drawn(drawn, out_dir, formats)
+
+
+def write_drawn(
+    draw: Callable[[], Mapping[str, Any]], out_dir: Path, formats: Sequence[str] = FORMATS
+) -> list[Path]:
+    """What `draw` gives by name, one file each and format, in the style of papers; None is none.
+
+    Raises:
+        ValueError: matplotlib is missing, or a format is unknown.
+    """
     for name in formats:
         check_choice("figure format", name, FORMATS)
     try:
@@ -53,29 +69,23 @@ def write_figures(
         raise ValueError(
             "figures need matplotlib: install the extra, pip install 'moe-zoo[figures]'"
         ) from None
-    data = study(read_results(results))
     out_dir.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     with matplotlib.rc_context(STYLE):
-        drawn: dict[str, Any] = {
-            "loss": _loss(data),
-            "gap": _gap(data),
-            "load": _load(data),
-            **_frontiers(data),
-        }
-        for name, figure in drawn.items():
+        for name, figure in draw().items():
             if figure is not None:
-                written += [_save(figure, out_dir / f"{name}.{f}") for f in formats]
+                written += [save(figure, out_dir / f"{name}.{f}") for f in formats]
     return written
 
 
-def _save(figure: Any, path: Path) -> Path:
-    undated = {"Date": None} if path.suffix == ".svg" else None  # same input, same file
-    figure.savefig(path, metadata=undated)
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure in the format of the path's ending."""
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # same input, same file
+    figure.savefig(path, metadata=undated.get(path.suffix))
     return path
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def new_axes(width: float, height: float) -> tuple[Any, Any]:
     """A figure of its own, outside pyplot: no global state, no window."""
     from matplotlib.figure import Figure
 
@@ -90,7 +100,7 @@ def _loss(s: Study) -> Any:
     column = "eval_bpb" if held_out else "train_bpb"
     if not runs:
         return None
-    figure, axes = _axes(5.2, 3.2)
+    figure, axes = new_axes(5.2, 3.2)
     for g, run in runs:
         points = [(p.tokens, y) for p in run.curve if (y := getattr(p, column)) is not None]
         first = run is g.first
@@ -104,7 +114,7 @@ def _loss(s: Study) -> Any:
             label=g.label if first else None,
         )
     axes.set(xlabel="training tokens", ylabel="bits per byte")
-    axes.xaxis.set_major_formatter(_engineering())
+    axes.xaxis.set_major_formatter(engineering())
     axes.legend(fontsize=7)
     return figure
 
@@ -122,7 +132,7 @@ def _frontier(s: Study, title: str, value: Any, more: bool) -> Any:
     points = [(g, x) for g in s.groups if (x := value(g)) is not None and isfinite(g.bpb)]
     if not points:
         return None
-    figure, axes = _axes(5.2, 3.4)
+    figure, axes = new_axes(5.2, 3.4)
     line = pareto([x for _, x in points], [g.bpb for g, _ in points], more)
     axes.step(*zip(*line, strict=True), where="post", color=GREY, linestyle=":", linewidth=1)
     for g, x in points:
@@ -141,7 +151,7 @@ def _frontier(s: Study, title: str, value: Any, more: bool) -> Any:
             label=g.label,
         )
     axes.set(xlabel=title, ylabel="bits per byte, held-out")
-    axes.xaxis.set_major_formatter(_engineering())
+    axes.xaxis.set_major_formatter(engineering())
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -151,7 +161,7 @@ def _gap(s: Study) -> Any:
     groups = [g for g in s.groups if g.key in s.gaps and isfinite(s.gaps[g.key].value)]
     if not groups:
         return None
-    figure, axes = _axes(5.2, 0.9 + 0.3 * len(groups))
+    figure, axes = new_axes(5.2, 0.9 + 0.3 * len(groups))
     for y, g in enumerate(groups):
         d, colour = s.gaps[g.key], s.look.colours[g.variant]
         axes.barh(
@@ -205,7 +215,8 @@ def _even_shares(counts: Sequence[float], width: int) -> list[float]:
     return [c / mean for c in counts] + [float("nan")] * (width - len(counts))
 
 
-def _engineering() -> Any:
+def engineering() -> Any:
+    """Ticks as 1k, 1M."""
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep="")

@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from math import nan
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -54,7 +55,7 @@ def _read_optional(kind: Any, data: Any, where: str) -> Any:
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     given = _expect(dict, data, where, "an object")
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     known = {f.name: f for f in fields(kind)}
     for key in given:
         if key not in known:
@@ -68,6 +69,12 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     except ValueError as error:  # the dataclass's own check, or one from deeper down
         text = str(error)
         raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields; evaluating them anew for each record is most of the time."""
+    return get_type_hints(kind, include_extras=True)
 
 
 def _read_plain(kind: type, data: Any, where: str) -> Any:

@@ -5,7 +5,7 @@ difference has noncentrality effect / (sigma sqrt(2 / n)) and 2n - 2 degrees of 
 pairs that correlate by rho, effect / (sigma sqrt(2 (1 - rho) / n)) and n - 1.
 """
 
-from math import sqrt
+from math import isnan, sqrt
 
 from scipy.optimize import brentq
 from scipy.special import nctdtr, stdtrit
@@ -37,7 +37,9 @@ def power_of(
     df = n - 1 if pairs else 2 * n - 2
     error = sigma * sqrt((2 * (1 - correlation) if pairs else 2) / n)
     bound, shift = stdtrit(df, 1 - alpha / 2), abs(effect) / error
-    return float(1 - nctdtr(df, shift, bound) + nctdtr(df, shift, -bound))
+    wrong_side = nctdtr(df, shift, -bound)
+    # scipy gives NaN far out in that tail, where it is below 1e-9
+    return float(1 - nctdtr(df, shift, bound) + (0.0 if isnan(wrong_side) else wrong_side))
 
 
 def seeds_needed(

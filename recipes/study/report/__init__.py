@@ -1,0 +1,1 @@
+"""The report of a study: sizes, matchings, tuned learning rates, controls, what it all cost."""

@@ -1,0 +1,125 @@
+"""Loss against compute over the sizes: fitted frontiers, leverages, residuals, isoFLOP optima."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite, log
+
+import numpy as np
+
+from recipes.report.records import Run
+from recipes.statistics.bootstrap import DRAWS
+from recipes.statistics.isoflop import IsoFlop, isoflop
+from recipes.statistics.leverage import SAME_BUDGET, Leverage, leverage_of_curves
+from recipes.statistics.paired import MIN_SEEDS
+from recipes.statistics.scaling import Fit, Runs, fit_frontiers, runs_of
+from recipes.study.report.derive import Arm, Derived
+
+LEAST = 4  # budgets of a curve that is fitted (comparison.md 6.3)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The curves of one matching over some x."""
+
+    hold: str
+    arms: dict[str, tuple[Arm, ...]]  # by variant, from the smallest size; none diverged
+    fit: Fit | None  # of all curves with budgets enough, one floor
+    why: str | None  # no fit
+    leverages: dict[str, Leverage]  # by variant, at its largest x
+    sigma: float | None  # noise of a run that intervals were made from; None: runs drawn again
+
+
+def ladder(
+    d: Derived, hold: str, x: Callable[[Run], float], *, draws: int = DRAWS, extra: bool = True
+) -> Ladder:
+    """The ladder of a matching.
+
+    Args:
+        d: the study.
+        hold: the matching.
+        x: of a run: training FLOPs, or seconds.
+        draws: of the bootstrap.
+        extra: fit all curves together as well, for the picture.
+    """
+    arms = {v: found for v in d.plan.variants if (found := _arms(d, v, hold))}
+    base, needed = d.plan.baseline.variant, f"a fit needs {LEAST}"
+    n = len(arms.get(base, ()))
+    if n < LEAST:
+        why = f"the baseline has {n} budget{'s' * (n != 1)} and {needed}: no curve is fitted"
+        return Ladder(hold, arms, None, why, {}, None)
+    runs = {v: _runs(a, x) for v, a in arms.items() if len(a) >= LEAST}
+    enough = {v: r for v, r in runs.items() if len(np.unique(np.round(np.log(r.x), 9))) >= LEAST}
+    if base not in enough:
+        why = f"sizes of the baseline share budgets, and {needed} different ones"
+        return Ladder(hold, arms, None, why, {}, None)
+    sigma = _sigma(d, [a for v in enough for a in arms[v]])
+    leverages = {
+        v: leverage_of_curves(enough[base], r, draws=draws, sigma=sigma)
+        for v, r in enough.items()
+        if v != base
+    }
+    fit = fit_frontiers(enough) if extra else None
+    return Ladder(hold, arms, fit, None, leverages, sigma)
+
+
+def training_flops(run: Run) -> float:
+    """Of the whole run."""
+    return run.tokens * run.cost.training_flops_per_token
+
+
+def training_seconds(run: Run) -> float:
+    """Of the whole run, on its machine."""
+    return run.speed.train_s
+
+
+def _arms(d: Derived, variant: str, hold: str) -> tuple[Arm, ...]:
+    arms = (d.arm(variant, size, hold) for size in d.plan.sizes)
+    return tuple(a for a in arms if a is not None and isfinite(a.bpb))
+
+
+def _runs(arms: tuple[Arm, ...], x: Callable[[Run], float]) -> Runs:
+    """Every run at the mean x of its size: seconds differ a little between seeds."""
+    pairs = [
+        (float(np.exp(np.mean([log(x(r)) for r in arm.runs]))), run.final.bpb)
+        for arm in arms
+        for run in arm.runs
+    ]
+    return runs_of(*zip(*pairs, strict=True))
+
+
+def _sigma(d: Derived, arms: list[Arm]) -> float | None:
+    """Noise to make intervals from, where some size has too few seeds to draw from."""
+    if min(len(a.runs) for a in arms) >= MIN_SEEDS or d.noise is None:
+        return None
+    return d.noise.std
+
+
+def isoflops(d: Derived, hold: str) -> dict[str, IsoFlop]:
+    """The best size per budget of each variant; empty where sizes share no two budgets.
+
+    Budgets are shared by three sizes or more whose training FLOPs agree within 5 %.
+    """
+    found: dict[str, IsoFlop] = {}
+    for variant in d.plan.variants:
+        budgets: dict[float, list[Arm]] = {}
+        for arm in sorted(_arms(d, variant, hold), key=lambda a: a.flops):
+            near = [c for c in budgets if abs(log(arm.flops / c)) < SAME_BUDGET]
+            budgets.setdefault(near[0] if near else arm.flops, []).append(arm)
+        shared = {c: arms for c, arms in budgets.items() if len(_sizes(arms)) >= 3}
+        if len(shared) >= 2:
+            found[variant] = isoflop(_points(shared), sigma=d.noise.std if d.noise else None)
+    return found
+
+
+def _sizes(arms: list[Arm]) -> set[int]:
+    return {arm.runs[0].cost.params for arm in arms}
+
+
+def _points(shared: Mapping[float, list[Arm]]) -> dict[float, Runs]:
+    return {
+        compute: runs_of(
+            [run.cost.params for arm in arms for run in arm.runs],
+            [run.final.bpb for arm in arms for run in arm.runs],
+        )
+        for compute, arms in shared.items()
+    }
