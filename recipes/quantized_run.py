@@ -71,6 +71,7 @@ def _run_result(
         "memory": [asdict(layer) for layer in after.memory.layers()],
         "density": [asdict(layer) for layer in after.density.layers()],
         "loops": [asdict(layer) for layer in after.loops.layers(words_of(made.recipe.data))],
+        "widths": [],
         "losses": after.losses,
         "curve": [],
         "sample": None,

@@ -4,8 +4,10 @@ from layers.precision import seed_rounding, update_delayed_scales
 from layers.replay import force_balance, join_routes, record_routing, replay_routing
 from zoo.accounting import module_cost
 from zoo.budget import Match, match
+from zoo.consistency import consistency
 from zoo.describe import Card, describe
 from zoo.extract import extract
+from zoo.generate import generate
 from zoo.interop import export_moe, import_moe, moe_sizes
 from zoo.mixnmatch import least_slope
 from zoo.model import LanguageModel, ModelConfig, build
@@ -13,6 +15,7 @@ from zoo.packing import PackReport, pack
 from zoo.precision import describe_format, formats, policy_of, precisions, set_precision
 from zoo.probing import probe
 from zoo.registry import cost, create, names, resolve
+from zoo.speculative import speculative_generate
 
 __all__ = [
     "Card",
@@ -21,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "PackReport",
     "build",
+    "consistency",
     "cost",
     "create",
     "describe",
@@ -29,6 +33,7 @@ __all__ = [
     "extract",
     "force_balance",
     "formats",
+    "generate",
     "import_moe",
     "join_routes",
     "least_slope",
@@ -45,5 +50,6 @@ __all__ = [
     "resolve",
     "seed_rounding",
     "set_precision",
+    "speculative_generate",
     "update_delayed_scales",
 ]
