@@ -7,6 +7,7 @@ import pytest
 import torch
 from recipe_toys import evaluate_briefly, killed_after, refused, rows, timeless, tiny_recipe
 from report_data import comparison
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from recipes.batches import Batch
@@ -21,6 +22,7 @@ from recipes.task import LanguageModelTask
 from recipes.train import train
 from recipes.widths import Consistency, evaluate_widths, submodels
 from zoo.extract import extract
+from zoo.model import LanguageModel
 
 FFN = {"name": "matformer", "d_ff": 64}
 WIDTHS = (8, 16, 32, 64)
@@ -35,6 +37,12 @@ def batch(seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(256, (2, 17), generator=generator)
     return Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 16, dtype=torch.int64), None, None)
+
+
+def eval_batch():
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[1, 9:] = False
+    return batch()._replace(mask=mask, n_bytes=mask.long())
 
 
 def gradients(recipe, step=0, monkeypatch=None):
@@ -168,17 +176,26 @@ def test_half_and_half_is_the_whole(tmp_path, monkeypatch):
     assert json.dumps(to_plain(load(expected["recipe"]))) == json.dumps(to_plain(recipe))
 
 
-@pytest.mark.slow
-def test_a_compiled_run_learns_as_an_eager_one_does(tmp_path, monkeypatch):
-    """A graph for each width in training, none for those of the last evaluation."""
-    evaluate_briefly(monkeypatch)
-    small = ["data.batch_size=4", "data.seq_len=64", "data.eval_bytes_per_domain=1024"]
-    recipe = recipe_of("sample", *small)
-    eager = train(recipe, tmp_path / "eager")
-    trainer = replace(recipe.trainer, compile=True)
-    compiled = train(replace(recipe, trainer=trainer), tmp_path / "compiled")
-    for one, other in zip(eager["widths"], compiled["widths"], strict=True):
-        assert other["bpb"] == pytest.approx(one["bpb"], abs=1e-2)
+def test_compiled_training_has_a_graph_for_each_width(monkeypatch):
+    torch.compiler.reset()
+    counter, original = CompileCounterWithBackend("aot_eager"), LanguageModel.compile
+    monkeypatch.setattr(
+        LanguageModel, "compile", lambda self, **options: original(self, backend=counter, **options)
+    )
+    recipe = recipe_of("sample")
+    compiled = replace(recipe, trainer=replace(recipe.trainer, compile=True))
+    tasks = [LanguageModelTask(each, ("all",)) for each in (recipe, compiled)]
+    drawn = [Nesting(recipe).chosen(step) for step in range(40)]
+    graphs = []
+    for step in [drawn.index((i,)) for i in (0, 0, 1, 2, 3, 1, 3, 0, 2)]:
+        monkeypatch.setattr(LanguageModelTask, "global_step", step)
+        eager, other = (task.training_step(batch(), 0)["loss"] for task in tasks)
+        assert_close(other, eager)
+        graphs.append(counter.frame_count)
+    first = graphs[1]  # the very first call may see state in the making
+    assert graphs[2:] == [first + n for n in (1, 2, 3, 3, 3, 3, 3)]
+    evaluate_widths(tasks[1].model, compiled, [eval_batch()], ("all",))
+    assert counter.frame_count == graphs[-1]  # mixtures run as they are
 
 
 def test_training_flops_are_those_of_the_passes():
@@ -203,9 +220,7 @@ def test_submodels_are_granularities_and_what_lies_between():
 def test_a_submodel_is_measured_as_its_extract_is():
     recipe = recipe_of()
     model = LanguageModelTask(recipe, ("all",)).model
-    mask = torch.ones(2, 16, dtype=torch.bool)
-    mask[1, 9:] = False
-    one = batch()._replace(mask=mask, n_bytes=mask.long())
+    one = eval_batch()
     found = evaluate_widths(model, recipe, [one], ("all",))
     wide = model(one.tokens, mask=one.mask).logits.double()
     for submodel in found:
