@@ -151,7 +151,7 @@ def convert(
     run: Annotated[Path, typer.Argument(help="A finished dense run's directory.")],
     options: Annotated[list[str] | None, typer.Argument(
         metavar="KEY=VALUE...",
-        help="to=upcycle|granular|drop|factor_llm|spt|versatile out=DIR layers=1::2 n_experts=8 ...",
+        help="to=upcycle|granular|drop|factor_llm|spt|versatile|spark out=DIR n_experts=8 ...",
     )] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
