@@ -30,7 +30,7 @@ class Ladder:
 
 
 def ladder(
-    d: Derived, hold: str, x: Callable[[Run], float], *, draws: int = DRAWS, extra: bool = True
+    d: Derived, hold: str, x: Callable[[Run], float], *, draws: int = DRAWS, joint: bool = True
 ) -> Ladder:
     """The ladder of a matching.
 
@@ -39,7 +39,7 @@ def ladder(
         hold: the matching.
         x: of a run: training FLOPs, or seconds.
         draws: of the bootstrap.
-        extra: fit all curves together as well, for the picture.
+        joint: fit all curves together as well, for the picture.
     """
     arms = {v: found for v in d.plan.variants if (found := _arms(d, v, hold))}
     base, needed = d.plan.baseline.variant, f"a fit needs {LEAST}"
@@ -58,7 +58,7 @@ def ladder(
         for v, r in enough.items()
         if v != base
     }
-    fit = fit_frontiers(enough) if extra else None
+    fit = fit_frontiers(enough) if joint else None
     return Ladder(hold, arms, fit, None, leverages, sigma)
 
 
