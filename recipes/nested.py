@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 from zlib import crc32
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from layers.precision.random import mixed
@@ -143,12 +142,6 @@ def check_nested(recipe: Recipe) -> None:
     """Raise for a model, or probabilities, that no nested training could use."""
     if recipe.nested is not None:
         Nesting(recipe)
-
-
-def distilled(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of the next token at each position, in nats: [B, S], in float32."""
-    student, fixed = (t.float().log_softmax(-1) for t in (logits, teacher))
-    return F.kl_div(student, fixed, reduction="none", log_target=True).sum(-1)
 
 
 def _added(stats: Sequence[dict[str, Tensor] | None]) -> dict[str, Any] | None:

@@ -10,11 +10,12 @@ from torch.optim import AdamW
 import zoo
 from recipes.batches import Batch
 from recipes.metrics import Evaluation, on_device, token_nats
-from recipes.nested import Nesting, Pass, distilled
+from recipes.nested import Nesting, Pass
 from recipes.optim import build_optimizer, build_schedule
 from recipes.parallel import LocalAdamW, clip_gradients
 from recipes.schema import Recipe
 from recipes.table_optim import Together, clip_apart
+from zoo.consistency import next_token_kl
 from zoo.parallel import parallelize
 
 
@@ -84,7 +85,7 @@ class LanguageModelTask(pl.LightningModule):
         loss = sum(weighted(output.losses, self.recipe.loss_weights), start=mean(nats))
         if teacher is not None:
             assert self.recipe.nested is not None
-            loss = loss + self.recipe.nested.distill * mean(distilled(output.logits, teacher))
+            loss = loss + self.recipe.nested.distill * mean(next_token_kl(teacher, output.logits))
         detached = {name: value.detach() for name, value in output.losses.items()}
         nats = nats.detach() if judged is None else nats.detach() * judged
         return Pass(loss, output.logits, nats, detached, output.stats)

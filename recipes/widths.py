@@ -18,11 +18,12 @@ from recipes.batches import Batch
 from recipes.costing import run_cost, submodel_cost
 from recipes.data import TextData
 from recipes.metrics import BitsPerByte, on_device, token_nats
-from recipes.nested import Widths, distilled, granularities
+from recipes.nested import Widths, granularities
 from recipes.ranks import data_group
 from recipes.report.width_records import Submodel
 from recipes.schema import Recipe
 from recipes.task import LanguageModelTask
+from zoo.consistency import next_token_kl
 from zoo.mixnmatch import least_slope
 from zoo.model import LanguageModel, ModelConfig
 
@@ -43,7 +44,7 @@ class Consistency(Metric):
     def update(self, logits: Tensor, widest: Tensor, judged: Tensor | None) -> None:
         """Add a batch. logits, widest: [B, S, V]; judged: [B, S] bool, None: all positions."""
         same = logits.argmax(-1) == widest.argmax(-1)
-        kl = distilled(logits, widest).double()
+        kl = next_token_kl(widest, logits).double()
         self.agreed += same.sum() if judged is None else (same & judged).sum()
         self.nats += kl.sum() if judged is None else (kl * judged).sum()
         self.n += same.numel() if judged is None else judged.sum()

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from recipes.batches import Batch
 from recipes.costing import submodel_cost, training_flops, whole_model_cost
 from recipes.load import load, to_plain
-from recipes.nested import Nesting, distilled
+from recipes.nested import Nesting
 from recipes.report.records import read_results
 from recipes.report.study import study
 from recipes.report.widths import places, quality, widths
@@ -21,6 +21,7 @@ from recipes.schema import NestedConfig
 from recipes.task import LanguageModelTask
 from recipes.train import train
 from recipes.widths import Consistency, evaluate_widths, submodels
+from zoo.consistency import next_token_kl
 from zoo.extract import extract
 from zoo.model import LanguageModel
 
@@ -247,7 +248,7 @@ def test_consistency_by_hand():
     p = wide[0, 0].exp()
     expected = (p * (p.log() - narrow[0, 0])).sum()
     assert consistency.value() == pytest.approx((0.5, expected.item() / 2))
-    assert_close(distilled(wide, wide), torch.zeros(1, 3))
+    assert_close(next_token_kl(wide, wide), torch.zeros(1, 3))
 
 
 # Errors

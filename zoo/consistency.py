@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.model import LanguageModel
@@ -75,7 +76,7 @@ def consistency(
 def next_token_kl(whole: Tensor, other: Tensor) -> Tensor:
     """KL(whole || other) of the next token in nats, float32. Logits [..., V]. Returns [...]."""
     p, q = whole.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
 def _logits(
