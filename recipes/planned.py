@@ -49,13 +49,12 @@ class Processes:
     def __call__(self, run: PlannedRun, directory: Path) -> None:
         command = [sys.executable, "-P", "-m", "recipes.worker"]
         command += [str(directory), run.variant, str(os.getpid())]
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         errors = directory / "stderr.txt"
         with errors.open("wb") as stderr:
             child = subprocess.Popen(
-                command, env=environment, stdout=self.stdout, stderr=stderr, start_new_session=True
-            )
+                command, env=environment(), stdout=self.stdout, stderr=stderr,
+                start_new_session=True,
+            )  # fmt: skip
             self._children.add(child)
             try:
                 status = child.wait()
@@ -73,6 +72,12 @@ class Processes:
         """Kill the children; each goes on from its last checkpoint when it is started again."""
         for child in list(self._children):
             child.kill()
+
+
+def environment() -> dict[str, str]:
+    """Of a child process, so that it finds these packages and no others of their names."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def finished(run: PlannedRun, directory: Path) -> dict[str, Any] | None:

@@ -12,10 +12,10 @@ from recipes.comparison import (
     baseline_of,
     baseline_precision,
     shared_recipe,
-    variants_of,
 )
 from recipes.planning import Budget, recipe_of
 from recipes.report.records import Match
+from recipes.study.begin import Begin, in_order, read_variants, settled
 from recipes.study.schema import Size, Study, sizes_of
 from zoo.budget import solve_width
 from zoo.registry import Choice, find, resolve
@@ -41,6 +41,7 @@ class Cell:
     variants: tuple[Variant, ...]  # widths solved; controls last
     matched: tuple[Match, ...]  # of the variants that are no controls
     unreachable: dict[str, str]  # label to why it cannot meet the budget; not in `variants`
+    begins: dict[str, Begin]  # label to how its runs begin; the others' weights are drawn
 
     def variant(self, label: str) -> Variant | None:
         """That variant as it is here."""
@@ -59,7 +60,7 @@ def cells_of(
         ValueError: for a wrong name, option or value, or a primary budget that cannot be met.
     """
     shared = shared_recipe(study.recipe, overrides)
-    variants = variants_of(study.variants)
+    variants, begins = read_variants(study.variants)
     cells: list[Cell] = []
     controls: dict[str, Control] = {}
     for size in sizes_of(study):
@@ -67,7 +68,7 @@ def cells_of(
         at["model"] = {k: v for k, v in at["model"].items() if k != "ffn"}
         for hold in study.hold:
             primary = hold == study.hold[0]
-            cell = _cell(study, size, hold, at, variants, strict=primary)
+            cell = _cell(study, size, hold, at, variants, begins, strict=primary)
             if primary:
                 cell, found = _with_controls(study, cell)
                 controls |= found
@@ -77,28 +78,56 @@ def cells_of(
 
 def _cell(
     study: Study, size: Size, hold: str, shared: dict[str, Any], variants: Sequence[Variant],
-    *, strict: bool,
+    begins: dict[str, Begin], *, strict: bool,
 ) -> Cell:  # fmt: skip
     c = as_comparison(study, hold)
-    base = baseline_of(c, variants)
+    given = {variant.label: variant for variant in variants}
+    base, first = _baseline(baseline_of(c, variants), given, begins, shared)
+    given[base.label] = base
     budget = Budget(c, shared, base)
-    solved: list[Variant] = []
-    matches: list[Match] = []
+    solved: dict[str, tuple[Variant, Match]] = {}
     unreachable: dict[str, str] = {}
-    for variant in variants:
+    for label in in_order(given, begins):
+        variant = given[label]
+        if label in begins and variant is not base:
+            source = begins[label].source
+            if source in unreachable:
+                unreachable[label] = f"it begins from {source}, which is left out"
+                continue
+            variant = settled(variant, begins[label], solved[source][0], shared)
         try:
             met, match = budget.met(variant)
         except ValueError as error:
             if strict:
                 raise ValueError(f"size {size.label}: {error}") from None
-            unreachable[variant.label] = str(error)
+            unreachable[label] = str(error)
             continue
-        solved.append(met)
-        matches.append(match)
+        if label == first and met.ffn != variant.ffn:
+            raise ValueError(
+                f"study: the baseline begins from {label}, which must say its {match.width_field}"
+            )
+        solved[label] = (met, match)
+    kept = [solved[label] for label in given if label in solved]
     return Cell(
-        size=size, hold=hold, shared=shared, target=budget.target, variants=tuple(solved),
-        matched=tuple(matches), unreachable=unreachable,
+        size=size, hold=hold, shared=shared, target=budget.target,
+        variants=tuple(variant for variant, _ in kept), matched=tuple(match for _, match in kept),
+        unreachable=unreachable, begins=begins,
     )  # fmt: skip
+
+
+def _baseline(
+    base: Variant, given: Mapping[str, Variant], begins: Mapping[str, Begin],
+    shared: Mapping[str, Any],
+) -> tuple[Variant, str]:  # fmt: skip
+    """The baseline with its layer, and the label of the drawn variant that it goes back to.
+
+    Its budget is read off before any width is solved, so that variant must say its own.
+    """
+    begin = begins.get(base.label)
+    if begin is None:
+        return base, base.label
+    source, first = _baseline(given[begin.source], given, begins, shared)
+    return settled(base, begin, source, shared), first
 
 
 def as_comparison(study: Study, hold: str) -> Comparison:
@@ -116,13 +145,13 @@ def as_comparison(study: Study, hold: str) -> Comparison:
 
 
 def _with_controls(study: Study, cell: Cell) -> tuple[Cell, dict[str, Control]]:
-    """The cell with its controls behind its variants."""
+    """The cell with its controls behind its variants; one that begins from another has none."""
     base = next(v for v in cell.variants if v.label == study.baseline.variant)
     made: list[Variant] = []
     found: dict[str, Control] = {}
     taken = {variant.label for variant in cell.variants}
     for variant in cell.variants:
-        for kind in study.controls:
+        for kind in study.controls if variant.label not in cell.begins else ():
             control = _MAKERS[kind](study, cell, variant, base)
             if control is None or any(
                 control.ffn == other.ffn for other in (*cell.variants, *made)

@@ -1,7 +1,7 @@
 """The runs that a study comes to: learning rates tried first, then what is reported."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,11 @@ from recipes.planned import PlannedRun
 from recipes.planning import LR, check_differences, rate, recipe_of
 from recipes.report.records import Run
 from recipes.report.study import best_lr
+from recipes.study.begin import OTHER_BATCHES, Begin, in_order
 from recipes.study.cells import Cell, Control, cells_of, size_named
 from recipes.study.schema import ONE_SIZE, Study
+
+BEGUN = ("init_from", "prior_teacher")  # keys that differ where a run begins from another
 
 
 class Tuned(NamedTuple):
@@ -33,6 +36,8 @@ class StudyRun(PlannedRun):
     precision: str
     seed: int
     holds: tuple[str, ...]  # matchings that it stands in: a width may be the same in several
+    begin: Begin | None = None  # where its weights come from; None: drawn from the seed
+    source: str | None = None  # id of the run that it begins from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,9 @@ class StudyPlan:
         runs: dict[str, StudyRun] = {}
         for cell in self.cells:
             primary = size_named(self.cells, cell.size.label)
-            for variant in cell.variants:
+            at: dict[tuple[str, str, int], StudyRun] = {}
+            by_label = {variant.label: variant for variant in cell.variants}
+            for variant in (by_label[x] for x in in_order(by_label, cell.begins)):
                 first = primary.variant(variant.label)
                 own = "" if first is not None and first.ffn == variant.ffn else cell.hold
                 for precision in s.precisions:
@@ -97,11 +104,27 @@ class StudyPlan:
                             continue
                     for seed in s.seeds if seeds is None else seeds:
                         run = _run(cell, variant, precision, seed, found, "reporting", own)
+                        begin = cell.begins.get(variant.label)
+                        if begin is not None:
+                            run = self._begun(run, begin, at[begin.source, label, seed])
+                        at[variant.label, label, seed] = run
                         known = runs.get(run.id)
                         if known is not None:
                             run = StudyRun(**{**vars(known), "holds": (*known.holds, cell.hold)})
                         runs[run.id] = run
         return tuple(runs.values())
+
+    def _begun(self, run: StudyRun, begin: Begin, source: StudyRun) -> StudyRun:
+        """The run, its weights those of the source, as they are or converted."""
+        at = self.out / "runs" / source.id
+        recipe = replace(
+            run.recipe,
+            seed=source.recipe.seed + OTHER_BATCHES,
+            init_from=str(at if begin.to is None else self.out / "begun" / run.id),
+        )
+        if recipe.loss_weights.get("prior") and recipe.prior_teacher is None:
+            recipe = replace(recipe, prior_teacher=str(at))
+        return replace(run, recipe=recipe, begin=begin, source=source.id)
 
 
 def plan(study: Study, overrides: Mapping[str, Any] | None = None) -> StudyPlan:
@@ -160,8 +183,14 @@ def _run(
 
 def _check(found: StudyPlan) -> None:
     """Raise where recipes of one size differ outside the allow-list."""
-    allow = [*found.study.allow, *([LR] if found.study.lrs else [])]
+    begun = any(cell.begins for cell in found.cells)
+    allow = [*found.study.allow, *([LR] if found.study.lrs else []), *(BEGUN if begun else [])]
     runs = [*found.tuning, *found.reporting()]
+    if begun and found.study.lrs:
+        raise ValueError(
+            "study: a variant begins from another's run, and lrs would make several of that: say "
+            "optim.lr in its recipe, and leave lrs out"
+        )
     if found.study.lrs:
         for variant in found.cells[0].variants:
             if "lr" in variant.recipe.get("optim", {}):

@@ -2,7 +2,7 @@
 
 name: small
 recipe: debug                        # as a comparison's
-variants: [swiglu, {name: moe, n_experts: 8}]
+variants: [swiglu, {name: moe, n_experts: 8}]  # or from another's weights: recipes.study.begin
 precisions: [bf16]
 baseline: {variant: swiglu}
 hold: [active_flops, params]         # each a matching of its own; the first is the primary one

@@ -32,6 +32,9 @@ def plan(found: StudyPlan, workers: int | None = None) -> None:
             print(f"  {label}: left out, {reason}")
     for label, control in found.controls.items():
         print(f"control {label}: {control.kind} of {control.of}")
+    for label, begin in found.cells[0].begins.items():
+        how = "as they are" if begin.to is None else f"converted: {begin.to} {begin.options or ''}"
+        print(f"{label} begins from the weights of {begin.source}, {how}")
     stages = {"tuning": found.tuning, "reporting": found.reporting()}
     total = 0.0
     for stage, runs in stages.items():
