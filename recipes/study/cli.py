@@ -1,5 +1,6 @@
-"""The commands `zoo study plan | run`."""
+"""The commands `zoo study plan | run | report`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,9 +41,10 @@ def run(
     ray: Annotated[bool, typer.Option("--ray", help="As tasks of a Ray cluster.")] = False,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster that runs.")] = None,
 ) -> None:  # fmt: skip
-    """Train the runs that are missing, several at a time."""
+    """Train the runs that are missing, several at a time, and write the report."""
     from recipes.study import plan as planning
     from recipes.study import show
+    from recipes.study.report.page import write_study_report
     from recipes.study.run import run_study, threads_of
     from recipes.study.schema import read_study
 
@@ -58,3 +60,20 @@ def run(
     for run_id, reason in progress.failures.items():
         print(f"failed: {run_id}: {reason}")
     print(f"{found.out}: {progress.stage} done")
+    print(f"report: {write_study_report(found.out)[0]}", flush=True)
+
+
+@app.command()
+def report(
+    study: Annotated[str, typer.Argument(help="A study's directory, its file, or its name.")],
+    overrides: Overrides = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also each picture as PDF and SVG, here.")
+    ] = None,
+) -> None:
+    """What a study's runs say so far: a page, tables as CSV and LaTeX, pictures."""
+    from recipes.study.gather import study_directory
+    from recipes.study.report.page import write_study_report
+
+    for path in write_study_report(study_directory(study, overrides or []), figures):
+        print(f"{'report' if path.suffix == '.html' else 'written'}: {path}")

@@ -1,6 +1,7 @@
 """A study's runs brought together from their directories alone, whatever exists so far."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from recipes.report.records import SCHEMA, Run, load_json
 from recipes.report.strict import read_as
 from recipes.study.machine import machine_of
 from recipes.study.records import (
+    FAILURES,
     RESULTS,
     PlannedRecord,
     PlanRecord,
@@ -17,10 +19,21 @@ from recipes.study.records import (
     StudyResults,
     read_plan,
 )
-from recipes.study.run import FAILURES
 from recipes.study.trace import traces_of
 
 POINTS = 24  # of a thinned curve; evaluations stay
+
+
+def study_directory(source: str, overrides: Sequence[str] = ()) -> Path:
+    """Where a study lies that is given by its directory, its file or a shipped one's name."""
+    if Path(source).is_dir():
+        if overrides:
+            raise ValueError(f"{source} is a study as it was run: {overrides[0]!r} has no place")
+        return Path(source)
+    from recipes.study.schema import read_study  # reads recipes, which takes a while
+
+    study, _ = read_study(source, overrides)
+    return Path(study.out or f"runs/{study.name}")
 
 
 def gather(directory: Path) -> StudyResults:

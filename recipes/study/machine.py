@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from recipes import record
 from recipes.report.records import load_json
 from recipes.report.strict import read_as
@@ -30,6 +28,8 @@ def machine_of(directory: Path) -> Machine:
 
 def measured() -> Machine:
     """This machine's float32 matmul rate and copy bandwidth, by the threads torch has now."""
+    import torch  # a report whose machine is known need not wait for it
+
     a, b = (torch.rand(SIDE, SIDE) for _ in range(2))
     out = torch.empty(SIDE, SIDE)
     source = torch.zeros(COPIED_BYTES // 4)

@@ -11,6 +11,7 @@ from recipes.report.records import SCHEMA, Choice, Match, Run, load_json
 from recipes.report.strict import read_as
 
 PLAN, RESULTS = "plan.json", "results.json"
+FAILURES = "failures.json"  # reason by id of a run without a result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-from recipes import load, record
+from recipes import record
 from recipes.report.records import Run, load_json
 from recipes.report.strict import read_as
 from recipes.study.records import Trace
-from recipes.task import build_model
 
 FILE = "traces.json"  # in a study's directory
 SEQUENCES = 2
@@ -40,6 +35,14 @@ def traced(run: Run) -> Trace:
 
     In float32: a format's own arithmetic is not the model's. Why where the model does not run.
     """
+    # a report whose models are traced already need not wait for these
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from recipes import load
+    from recipes.task import build_model
+
     try:
         recipe = load.load(run.recipe, {"precision": "fp32", "init_from": None})
         recipe = replace(recipe, trainer=replace(recipe.trainer, accelerator="cpu"))

@@ -165,7 +165,7 @@ def _verdict(d: Derived, variant: str, size: str, hold: str) -> Markup:
     if found.p_holm is not None:
         told += f", p after Holm {found.p_holm:.2g}"
     return el(
-        "td", f"{gap}\u00a0%", el("span", half, class_="quiet"), el("br"), chip(found.word),
+        "td", gap, el("span", half, class_="quiet"), el("div", chip(found.word)),
         class_="num", title=told, data_value=repr(found.value),
     )  # fmt: skip
 

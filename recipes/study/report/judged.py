@@ -46,7 +46,7 @@ def _ruling(d: Derived, ruling: Ruling) -> list[Markup]:
 def _condition(c: Condition) -> Markup:
     class_ = {True: "better", False: "worse", None: "not-resolved"}[c.holds]
     mark = el("span", MARKS[c.holds], class_=f"chip {class_}")
-    said = join(c.told, el("br"), el("span", c.asks, class_="quiet"))
+    said = join(c.told, el("div", c.asks, class_="quiet"))
     return el("tr", el("th", f"({c.letter})", scope="row"), el("td", mark), el("td", said))
 
 
@@ -120,7 +120,7 @@ def gaps(d: Derived) -> Markup | None:
     )
     reach = max((abs(_share(d, k) or 0.0) for k in d.gaps), default=0.0) or 1.0
     tables = [t for size in d.plan.sizes if (t := _gap_table(d, size, reach)) is not None]
-    return join(note, *tables)
+    return join(note, el("div", *tables, class_="cards"))
 
 
 def _share(d: Derived, key: tuple[str, str, str]) -> float | None:
@@ -152,7 +152,7 @@ def _gap_table(d: Derived, size: str, reach: float) -> Markup | None:
     ]  # fmt: skip
     head = el("tr", el("th"), *(el("th", p, class_="num", scope="col") for p in precisions))
     table = el("table", el("thead", head), el("tbody", *rows), class_="heat")
-    return join(el("h3", f"Size {size}"), el("div", table, class_="scroll"))
+    return el("figure", el("figcaption", f"Size {size}"), el("div", table, class_="scroll"))
 
 
 def _gap_cell(d: Derived, key: tuple[str, str, str], reach: float) -> Markup:
@@ -168,6 +168,6 @@ def _gap_cell(d: Derived, key: tuple[str, str, str], reach: float) -> Markup:
     strength = f"--s:{round(100 * min(1.0, abs(share) / reach))}%" if beyond else None
     said = join(f"{text.signed(100 * share, 2)}", el("span", half, class_="quiet"))
     return el(
-        "td", said, el("br"), el("span", found.word, class_="quiet"), class_=f"num{shade}",
+        "td", said, el("div", found.word, class_="quiet"), class_=f"num{shade}",
         style=strength, title=found.how,
     )  # fmt: skip

@@ -14,6 +14,11 @@ from recipes.study.report.headline import legend, variant_name
 from recipes.study.report.tuning import Sweep
 
 CURVE_POINTS = 33
+WHERE = {
+    "lower edge": "at the lower edge of the grid",
+    "upper edge": "at the upper edge of the grid",
+    "beside divergence": "beside a rate that diverged",
+}
 
 
 def learning_rates(d: Derived, found: list[Sweep]) -> Markup | None:
@@ -40,13 +45,14 @@ def _alarm(found: list[Sweep]) -> Markup | None:
         return None
     items = [
         el("li", el("b", f"{s.variant} at {s.size}"),
-           f" ({s.precision}): {s.best.tried:g} is at the {s.best.place}; try next ",
+           f" ({s.precision}): {s.best.tried:g} is {WHERE[s.best.place]}; try next ",
            el("b", ", ".join(f"{lr:.3g}" for lr in s.best.next_lrs)))
         for s in edges if s.best is not None
     ]  # fmt: skip
     told = (
-        f"{len(edges)} of {len(found)} optima lie at an edge of the grid: what is reported of "
-        "these variants is not their best, and a comparison with them is not settled."
+        f"{len(edges)} of {len(found)} optima are none: beyond them nothing was tried that "
+        "trains. What is reported of these variants may not be their best, and a comparison with "
+        "them is not settled."
     )
     return el("div", el("p", el("strong", told)), el("ul", *items), class_="alarm", role="alert")
 

@@ -75,7 +75,7 @@ def _leverage(variant: str, flops: Ladder) -> Condition:
         return Condition("b", asks, None, flops.why or "too few budgets of this variant for a fit")
     told = leverage_words(flops, variant)
     if found.extrapolated:
-        return Condition("b", asks, None, f"{told}; read by extrapolation, so nothing is claimed")
+        told += "; of which only that it is above 1 is claimed" if found.interval.low > 1 else ""
     return Condition("b", asks, found.interval.low > 1, told)
 
 

@@ -30,7 +30,7 @@ def scaling(d: Derived, ladders: list[Ladder], seconds: Ladder) -> Markup | None
         "Training FLOPs count the head and the attention's scores. Bars are 95\u00a0% intervals of "
         "the mean over the seeds. "
     )
-    fits = [el("p", _fit_words(d, one), class_="lead") for one in ladders]
+    fits = [_fit_words(one) for one in ladders]
     views = [view(d, one) for one in ladders]
     keys = legend(d, d.plan.variants)
     shown = {"views": views, "tools": True}
@@ -44,22 +44,24 @@ def scaling(d: Derived, ladders: list[Ladder], seconds: Ladder) -> Markup | None
     )
 
 
-def _fit_words(d: Derived, one: Ladder) -> str:
-    what = held(one.hold).capitalize()
+def _fit_words(one: Ladder) -> Markup:
+    """The fitted laws, or why there are none."""
+    what = f"At {held(one.hold)}"
     if one.fit is None:
-        return f"{what}: {one.why}; the lines only join the means."
+        return lead(f"{what}: {one.why}; the lines only join the means.")
     few = [v for v in one.arms if v not in one.fit.names]
-    told = f"{what}: bits per byte = E + A C^-a, one E for all curves: "
-    told += "; ".join(f"{v}: {one.fit.frontier(v).formula()}" for v in one.fit.names)
-    told += ". " if one.fit.settled else ". The starts of the fit disagree: do not trust it. "
+    told = [f"{what}, bits per byte = E + A C^-a with one E for all curves. "]
+    if not one.fit.settled:
+        told.append("The starts of the fit disagree: do not trust it. ")
     if few:
-        told += f"Fewer than {LEAST} budgets, so no curve: {', '.join(few)}. "
+        told.append(f"Fewer than {LEAST} budgets, so no curve: {', '.join(few)}. ")
     if one.sigma is not None:
-        told += (
+        told.append(
             "Some sizes have fewer than three seeds: intervals are of the baseline's noise added "
             "to every run, not of runs drawn again."
         )
-    return told
+    laws = (el("li", v, ": ", el("code", one.fit.frontier(v).formula())) for v in one.fit.names)
+    return join(lead(*told), el("details", el("summary", "The fitted laws"), el("ul", *laws)))
 
 
 def view(d: Derived, one: Ladder) -> Figure:
