@@ -11,9 +11,9 @@ from recipes import record
 from recipes.planned import Processes, RunFailed, Train, ensure, finished
 from recipes.study.begin import Begin
 from recipes.study.plan import StudyPlan, StudyRun
+from recipes.study.records import FAILURES
 
 Make = Callable[[Path, Path, Begin], None]  # a finished run's directory, where to, how
-FAILURES = "failures.json"  # in a study's directory: reason by id of a run without a result
 
 
 @dataclass
