@@ -3,17 +3,21 @@
 import csv
 import json
 import time
+from math import log
 
 import pytest
 from recipe_toys import refused
 from study_report_data import LRS, MadeUpStudy
 from study_toys import MadeUp, small
 from test_report import Page, figures_of, sections_of
+from typer.testing import CliRunner
 
 from recipes.report.records import RunCost
 from recipes.statistics.power import power_of
+from recipes.study.cli import app
 from recipes.study.gather import POINTS, gather, largest_complete, study_directory
 from recipes.study.records import Machine, ModelRecord, read_plan, read_study_results
+from recipes.study.report.ladder import isoflops
 from recipes.study.report.page import comparison_at, parts_of, render, write_study_report
 from recipes.study.report.roofline import decode_bound, training_bound
 from recipes.study.run import run_study
@@ -252,6 +256,51 @@ def test_the_largest_complete_size(tmp_path):
     none_whole = {i for i in ids if not i.endswith("-s1")}
     assert largest_complete(plan, none_whole) == "l"
     assert largest_complete(plan, set()) is None
+
+
+class SharedBudgets(MadeUpStudy):
+    """Three sizes at each of two budgets; the best has 1e6, and 2e6, parameters."""
+
+    def compute(self, size):
+        return 1e7 if size[0] == "a" else 4e7, 1e6
+
+    def result(self, run):
+        budget, i = "ab".index(run.size[0]), int(run.size[1])
+        plain = super().result(run)
+        params = [5e5, 1e6, 2e6, 4e6][i + budget]
+        off = log(params / (1e6 * 2**budget))
+        plain["cost"]["params"] = int(params)
+        plain["final"]["bpb"] *= 1 + 0.05 * off**2
+        return plain
+
+
+def test_sizes_that_share_budgets_have_a_best_size_instead_of_a_frontier(tmp_path):
+    sizes = ("a0", "a1", "a2", "b0", "b1", "b2")
+    planted = SharedBudgets(sizes=sizes, controls=False, noise=1e-4)
+    parts = parts_of(gather(planted.write(tmp_path)), draws=DRAWS)
+    assert parts.ladders[0].why.startswith("sizes of the baseline share budgets")
+    for found in isoflops(parts.d, "active_flops").values():
+        assert [b.size for b in found.budgets] == pytest.approx([1e6, 2e6], rel=0.02)
+        assert found.exponent == pytest.approx(0.5, abs=0.02)
+    assert "Best size per budget" in Page(render(parts)).text
+
+
+def test_a_diverged_size_is_left_out_of_the_ladder_by_name(tmp_path):
+    sizes = ("xs", "s", "m", "l", "xl")
+    parts = made(tmp_path, sizes=sizes, controls=False, diverge=("m-moe-bf16-lr0.002-s1",))
+    assert parts.ladders[0].left_out == (("moe", "m"),)
+    assert len(parts.ladders[0].arms["moe"]) == 4
+    assert "A run diverged, so left out: moe at m." in Page(render(parts)).text
+
+
+def test_the_command(tmp_path):
+    MadeUpStudy(controls=False, sizes=("s",)).write(tmp_path)
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert done.output.split() == [
+        "report:", str(tmp_path / "report.html"), "written:", str(tmp_path / "runs.csv"),
+        "written:", str(tmp_path / "differences.csv"), "written:", str(tmp_path / "results.tex"),
+    ]  # fmt: skip
 
 
 def test_a_roofline_by_hand():

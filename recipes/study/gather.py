@@ -1,7 +1,8 @@
 """A study's runs brought together from their directories alone, whatever exists so far."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def gather(directory: Path) -> StudyResults:
         failures={k: why for k, why in failures.items() if k not in runs},
         strays=tuple(run_id for run_id in found if run_id not in planned),
         traces=traces_of(directory, _one_of_each_model(plan, runs)),
-        machine=machine_of(directory),
+        machine=machine_of(directory, _threads(found.values())),
         whole=whole,
     )
     record.write_text(directory / RESULTS, json.dumps(_plain(results), allow_nan=False))
@@ -105,6 +106,12 @@ def lighter(run: Run) -> Run:
         run, curve=tuple(thinned(run.curve, POINTS)), load=(), health=(), memory=(), density=(),
         loops=(), widths=(), sample=None, probes=(),
     )  # fmt: skip
+
+
+def _threads(runs: Iterable[Run]) -> int | None:
+    """That most runs trained with; None where no run says."""
+    said = Counter(n for run in runs if isinstance(n := run.machine.get("threads"), int))
+    return said.most_common(1)[0][0] if said else None
 
 
 def _whole(plan: PlanRecord, run: PlannedRecord, whole: str | None) -> bool:

@@ -16,19 +16,33 @@ COPIED_BYTES = 1 << 28  # beyond any cache of a processor
 TIMES = 5
 
 
-def machine_of(directory: Path) -> Machine:
-    """The study's machine.json; measured and written where there is none."""
+def machine_of(directory: Path, threads: int | None = None) -> Machine:
+    """The study's machine.json; measured and written where there is none.
+
+    threads: that the runs had, to measure with as many; None: as many as torch has now.
+    """
     path = directory / FILE
     if path.is_file():
         return read_as(Machine, load_json(path), str(path))
-    found = measured()
+    found = measured(threads)
     record.write_json(path, asdict(found))
     return found
 
 
-def measured() -> Machine:
-    """This machine's float32 matmul rate and copy bandwidth, by the threads torch has now."""
+def measured(threads: int | None = None) -> Machine:
+    """This machine's float32 matmul rate and copy bandwidth, by so many threads."""
     import torch  # a report whose machine is known need not wait for it
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        return _measured()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured() -> Machine:
+    import torch
 
     a, b = (torch.rand(SIDE, SIDE) for _ in range(2))
     out = torch.empty(SIDE, SIDE)

@@ -126,10 +126,14 @@ DATA_DEPENDENT = (
 def _measured(d: Derived, arms: Sequence[Arm]) -> Markup:
     base = d.base(d.top or "")
     machines = dict.fromkeys(_machine_words(run) for arm in arms for run in arm.runs)
+    limits = d.results.machine
+    elsewhere = [arm.variant for arm in arms if limits is not None and not _is_of(limits, arm)]
     note = lead(
         f"{'; '.join(machines)}. Speed and memory say how mature a kernel is as much as what an "
-        "idea costs: they are no part of the verdict on quality."
-    )
+        "idea costs: they are no part of the verdict on quality.",
+        " The limits below were measured on another machine, or with other threads, than some runs "
+        f"had, which so have no MFU: {', '.join(elsewhere)}." if elsewhere else None,
+    )  # fmt: skip
     heads = [
         sort_head("Variant", False), sort_head("Tokens/s", title="median, training"),
         sort_head("To the baseline"), sort_head("Training"),
@@ -139,6 +143,12 @@ def _measured(d: Derived, arms: Sequence[Arm]) -> Markup:
     ]  # fmt: skip
     rows = [_measured_row(d, arm, base) for arm in arms]
     return join(note, sortable(heads, rows))
+
+
+def _is_of(machine: Machine, arm: Arm) -> bool:
+    """Whether an arm's runs had the machine that the limits are of."""
+    limits = (machine.name, machine.threads)
+    return all((r.machine.get("cpu"), r.machine.get("threads")) == limits for r in arm.runs)
 
 
 def _machine_words(run: Run) -> str:
@@ -151,7 +161,8 @@ def _measured_row(d: Derived, arm: Arm, base: Arm | None) -> Markup:
     ratio = arm.tokens_per_s / base.tokens_per_s if base else None
     machine, peak = d.results.machine, arm.peak_memory_bytes
     per_s = arm.tokens_per_s * arm.runs[0].cost.training_flops_per_token
-    mfu = per_s / machine.flops_per_s if machine else None
+    here = machine is not None and _is_of(machine, arm)
+    mfu = per_s / machine.flops_per_s if machine and here else None
     return el(
         "tr",
         el("td", variant_name(d, arm.variant)),

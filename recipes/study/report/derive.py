@@ -190,7 +190,8 @@ class Derived:
             if base is None:
                 continue
             spread, n = spread_of(base.seeds), len(base.runs)
-            ends = [LEVEL, LEVEL / max(len(self.table), 1)]
+            distinct = {id(x) for x in self.table.values()}
+            ends = [LEVEL, LEVEL / max(len(distinct), 1)]
             first, table = (
                 [resolution(n, spread.std, power=POWER, alpha=a) for a in ends]
                 if spread

@@ -1,6 +1,6 @@
 """Loss against compute over the sizes: fitted frontiers, leverages, residuals, isoFLOP optima."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite, log
 
@@ -26,6 +26,7 @@ class Ladder:
     fit: Fit | None  # of all curves with budgets enough, one floor
     why: str | None  # no fit
     leverages: dict[str, Leverage]  # by variant, at its largest x
+    left_out: tuple[tuple[str, str], ...]  # variant and size where a run diverged
     sigma: float | None  # noise of a run that intervals were made from; None: runs drawn again
 
 
@@ -42,16 +43,17 @@ def ladder(
         joint: fit all curves together as well, for the picture.
     """
     arms = {v: found for v in d.plan.variants if (found := _arms(d, v, hold))}
+    lost = tuple(_lost(d, hold))
     base, needed = d.plan.baseline.variant, f"a fit needs {LEAST}"
     n = len(arms.get(base, ()))
     if n < LEAST:
         why = f"the baseline has {n} budget{'s' * (n != 1)} and {needed}: no curve is fitted"
-        return Ladder(hold, arms, None, why, {}, None)
+        return Ladder(hold, arms, None, why, {}, lost, None)
     runs = {v: _runs(a, x) for v, a in arms.items() if len(a) >= LEAST}
     enough = {v: r for v, r in runs.items() if len(np.unique(np.round(np.log(r.x), 9))) >= LEAST}
     if base not in enough:
         why = f"sizes of the baseline share budgets, and {needed} different ones"
-        return Ladder(hold, arms, None, why, {}, None)
+        return Ladder(hold, arms, None, why, {}, lost, None)
     sigma = _sigma(d, [a for v in enough for a in arms[v]])
     leverages = {
         v: leverage_of_curves(enough[base], r, draws=draws, sigma=sigma)
@@ -59,7 +61,7 @@ def ladder(
         if v != base
     }
     fit = fit_frontiers(enough) if joint else None
-    return Ladder(hold, arms, fit, None, leverages, sigma)
+    return Ladder(hold, arms, fit, None, leverages, lost, sigma)
 
 
 def training_flops(run: Run) -> float:
@@ -75,6 +77,14 @@ def training_seconds(run: Run) -> float:
 def _arms(d: Derived, variant: str, hold: str) -> tuple[Arm, ...]:
     arms = (d.arm(variant, size, hold) for size in d.plan.sizes)
     return tuple(a for a in arms if a is not None and isfinite(a.bpb))
+
+
+def _lost(d: Derived, hold: str) -> Iterator[tuple[str, str]]:
+    for variant in d.plan.variants:
+        for size in d.plan.sizes:
+            arm = d.arm(variant, size, hold)
+            if arm is not None and not isfinite(arm.bpb):
+                yield variant, size
 
 
 def _runs(arms: tuple[Arm, ...], x: Callable[[Run], float]) -> Runs:

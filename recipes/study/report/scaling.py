@@ -47,8 +47,10 @@ def scaling(d: Derived, ladders: list[Ladder], seconds: Ladder) -> Markup | None
 def _fit_words(one: Ladder) -> Markup:
     """The fitted laws, or why there are none."""
     what = f"At {held(one.hold)}"
+    lost = ", ".join(f"{variant} at {size}" for variant, size in one.left_out)
+    gone = f" A run diverged, so left out: {lost}." if lost else None
     if one.fit is None:
-        return lead(f"{what}: {one.why}; the lines only join the means.")
+        return lead(f"{what}: {one.why}; the lines only join the means.", gone)
     few = [v for v in one.arms if v not in one.fit.names]
     told = [f"{what}, bits per byte = E + A C^-a with one E for all curves. "]
     if not one.fit.settled:
@@ -61,7 +63,7 @@ def _fit_words(one: Ladder) -> Markup:
             "to every run, not of runs drawn again."
         )
     laws = (el("li", v, ": ", el("code", one.fit.frontier(v).formula())) for v in one.fit.names)
-    return join(lead(*told), el("details", el("summary", "The fitted laws"), el("ul", *laws)))
+    return join(lead(*told, gone), el("details", el("summary", "The fitted laws"), el("ul", *laws)))
 
 
 def view(d: Derived, one: Ladder) -> Figure:
