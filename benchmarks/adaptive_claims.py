@@ -158,7 +158,7 @@ def spark(args: argparse.Namespace) -> None:
     rows, dense = [], bpb(of["swiglu"])
     for label, runs in of.items():
         cost, ends = runs[0]["cost"], bpb(runs)
-        density = [x["density"] for run in runs for x in run["density"]]
+        density = [x["active"] for run in runs for x in run["density"]]
         rows.append([
             label, f"{cost['params']:,}", f"{cost['active_params']:,.0f}",
             f"{statistics.mean(density):.3f}" if density else "",
@@ -186,7 +186,7 @@ def versatile(args: argparse.Namespace) -> None:
     rows = [["dense, half the tokens", f"{statistics.mean(ended):.4f}", *[""] * 5]]
     for label, runs in of.items():
         ends, cost = bpb(runs), runs[0]["cost"]
-        loops = [x["mean"] for run in runs for x in run["loops"]]
+        loops = [mean_loops(x["counts"]) for run in runs for x in run["loops"]]
         other = label != "dense, trained on"
         rows.append([
             label, f"{statistics.mean(ends):.4f}", f"{cost['params']:,}",
@@ -201,6 +201,11 @@ def versatile(args: argparse.Namespace) -> None:
         if label != "versatile":
             ends = bpb(of[label])
             print(f"- {label}: {gap(whole, ends)}, {told(whole, ends)}")
+
+
+def mean_loops(counts: Sequence[float]) -> float:
+    """Loops of a token. counts: tokens of 1, 2, .. loops."""
+    return sum(n * count for n, count in enumerate(counts, start=1)) / sum(counts)
 
 
 def on_from(
