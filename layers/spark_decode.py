@@ -4,6 +4,8 @@ The up matrix [F, D'] lies by neuron as it is; the down matrix [D, F] is laid so
 `lay_by_neuron`, which changes where its numbers lie and nothing else. Gathering columns of a matrix
 that lies by output takes longer than the whole product (benchmarks/spark.md).
 
+"gather" is one native call where that builds (`layers.spark_native`). In torch ops:
+
     gather  for each token, its rows of up are copied side by side and multiplied; rows of down are
             summed by `embedding_bag`, which never writes them anywhere
     bag     up as a whole, all tokens in one product; rows of down in bags

@@ -14,16 +14,15 @@ as much as their tail differs, so what is kept is to be counted.
 The soft form moves survivors by theta; `exact_topk` does the same with the entry after the k-th.
 """
 
-from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layers.names import check_choice
+from layers.quantiles import quantile_here, quantiles
 
 FORMS = ("soft", "hard", "-inf")
-_FILL = {"hard": 0.0, "-inf": float("-inf")}
 
 
 def statistical_topk(
@@ -45,7 +44,7 @@ def statistical_topk(
             u - delta / 2 above (theorem 3.2; one-sided by us). Soft form alone.
         keep_argmax: the largest entry of a row is kept whatever theta is, with all equal to it: a
             row with a softmax behind it must not end up empty. Not for the soft form.
-        table: of `quantile_table(k, n_max)`, read at each row's n; None: quantiles are computed.
+        table: of `layers.quantiles.quantile_table`, read at each row's n; None: it is computed.
 
     Returns:
         y, shape and dtype of x.
@@ -58,7 +57,7 @@ def statistical_topk(
         n = x.shape[dim]
         if k >= n:
             return x
-        z: float | Tensor = _quantile_here(k, n, x.device) if table is None else table[n]
+        z: float | Tensor = quantile_here(k, n, x.device) if table is None else table[n]
     else:
         mask = mask[(None,) * (x.dim() - mask.dim())]
         n = mask.sum(dim, keepdim=True) * (x.shape[dim] // mask.shape[dim])
@@ -93,29 +92,6 @@ def exact_topk(
     if mask is not None:
         y = torch.where(whole, x_last, y).masked_fill(~mask, 0)
     return y.movedim(-1, dim)
-
-
-def quantile(k: float, n: int) -> float:
-    """z = Q(1 - k / n), -inf for k >= n."""
-    return NormalDist().inv_cdf(1 - k / n) if k < n else float("-inf")
-
-
-def _quantile_here(k: float, n: int, device: torch.device) -> float | Tensor:
-    """`quantile`; in a graph that is compiled, which cannot look into `NormalDist`, as a tensor."""
-    if torch.compiler.is_compiling():
-        return quantiles(k, torch.full((), n, device=device))
-    return quantile(k, n)
-
-
-def quantiles(k: float, n: Tensor) -> Tensor:
-    """`quantile` of many n, float32. n: int64 of any shape; 0 gives -inf."""
-    share = (1 - k / n.clamp_min(1).double()).clamp_min(0)
-    return torch.special.ndtri(share).float()
-
-
-def quantile_table(k: float, n_max: int) -> Tensor:
-    """[n_max + 1] float32, z of rows with n = 0, 1, ..., n_max valid entries; -inf where n <= k."""
-    return quantiles(k, torch.arange(n_max + 1))
 
 
 def above(
@@ -167,22 +143,20 @@ def _check(k: float, form: str, huber: float, keep_argmax: bool) -> None:
 
 def _filled(x: Tensor, keep: Tensor, form: str) -> Tensor:
     """x where it is kept, what the form puts elsewhere."""
-    return torch.where(keep, x, _FILL.get(form, 0.0))
+    return torch.where(keep, x, float("-inf") if form == "-inf" else 0.0)
 
 
 def _smooth(u: Tensor, huber: float) -> Tensor:
     """The form for u = max(x - theta, 0)."""
-    if not huber:
-        return u
-    return torch.where(u < huber, u.square() / (2 * huber), u - huber / 2)
+    return torch.where(u < huber, u.square() / (2 * huber), u - huber / 2) if huber else u
 
 
 def _statistics(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x - mean (0 where not valid), mean and population deviation of each row.
 
     x, valid: [..., n]. Returns [..., n], [..., 1], [..., 1], float32 or float64. Two passes:
-    E[x^2] - mean^2 cancels where the mean is large. The norm's kernel is several times as fast on
-    a CPU as `std`'s. A deviation within the rounding of the mean is 0.
+    E[x^2] - mean^2 cancels where the mean is large, and on a CPU the norm's kernel is several times
+    as fast as `std`'s. A deviation within the rounding of the mean is 0.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if valid is None:
@@ -209,8 +183,9 @@ def _shift(sigma: Tensor, z: float | Tensor) -> Tensor:
 
 def _is_one_row(x: Tensor) -> bool:
     """Whether this is a decoding step on a CPU, where each small operation shows."""
-    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return eager and x.device.type == "cpu" and 0 < x.numel() == x.shape[-1]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and 0 < x.numel() == x.shape[-1]
 
 
 def _one_row(x: Tensor, z: float, huber: float) -> Tensor:

@@ -7,12 +7,28 @@ from recipe_toys import refused
 from torch.testing import assert_close
 
 import zoo
-from layers.mlp import ACTIVATIONS
+from layers.mlp import ACTIVATIONS, MLP
+from layers.spark_ffn import SparkFFN
+from layers.swiglu import SwiGLU
 from zoo.conversion import convert, convert_ffn, receipt
 
 
 def mlp(activation="gelu"):
-    return zoo.create("mlp", d_model=D, d_ff=WIDTH, activation=activation).double()
+    made = zoo.create("mlp", d_model=D, d_ff=WIDTH, activation=activation).double()
+    assert isinstance(made, MLP)
+    return made
+
+
+def gated(activation="silu"):
+    made = dense(activation)
+    assert isinstance(made, SwiGLU)
+    return made
+
+
+def spark(ffn, **options):
+    made = convert_ffn(ffn, "spark", **options)
+    assert isinstance(made, SparkFFN)
+    return made
 
 
 def numbers(module):
@@ -24,22 +40,22 @@ def numbers(module):
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_an_ungated_ffn_is_cut_and_every_number_kept(r, activation):
     ffn = mlp(activation)
-    made = convert_ffn(ffn, "spark", d_predictor=r, top_k=5)
+    made = spark(ffn, d_predictor=r, top_k=5)
     assert made.config.hidden == WIDTH
     assert made.config.activation == activation
     assert_close(numbers(made), numbers(ffn), rtol=0, atol=0)
     both = torch.cat((made.predictor.weight, made.up.weight), dim=1)
     assert_close(both, ffn.up.weight, rtol=0, atol=0)
     # with all neurons, the product of what were two parts of a sum
-    whole = convert_ffn(ffn, "spark", d_predictor=r, selection="none")
+    whole = spark(ffn, d_predictor=r, selection="none")
     x = torch.randn(1, 9, D, dtype=torch.float64)
     one, two = x[..., :r] @ ffn.up.weight[:, :r].T, x[..., r:] @ ffn.up.weight[:, r:].T
     assert_close(whole(x).y, ffn.down(ACTIVATIONS[activation](one) * two))
 
 
 def test_a_gated_ffn_becomes_half_as_wide_again_with_as_many_parameters():
-    ffn = dense()
-    made = convert_ffn(ffn, "spark", density=0.2)
+    ffn = gated()
+    made = spark(ffn, density=0.2)
     gate, up = ffn.gate_up.weight.chunk(2)
     r = made.config.r
     assert made.config.hidden == WIDTH * 3 // 2
@@ -55,12 +71,12 @@ def test_a_gated_ffn_becomes_half_as_wide_again_with_as_many_parameters():
 
 
 def test_without_a_split_a_gated_ffn_is_the_same_but_for_the_threshold():
-    ffn = dense("gelu")
-    same = convert_ffn(ffn, "spark", predictor="full", selection="none")
+    ffn = gated("gelu")
+    same = spark(ffn, predictor="full", selection="none")
     x = torch.randn(1, 9, D, dtype=torch.float64)
     assert_close(same(x).y, ffn(x).y)
     assert receipt(ffn, same, 0, 0).largest < 1e-12
-    made = convert_ffn(ffn, "spark", predictor="full", top_k=6)
+    made = spark(ffn, predictor="full", top_k=6)
     gate, up = ffn.gate_up(x).chunk(2, dim=-1)
     assert_close(made(x).y, ffn.down(ACTIVATIONS["gelu"](made.select(gate)) * up))
 

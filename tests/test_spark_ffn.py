@@ -5,13 +5,17 @@ import math
 
 import pytest
 import torch
+from format_toys import kernels
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from layers.spark_decode import chosen_backend
 from layers.spark_ffn import SparkFFN, SparkFFNConfig, pack_for_decode
+from layers.spark_native import KERNEL
 
 EVERY = ("gather", "bag")
+needs_compiler = pytest.mark.skipif(KERNEL.library() is None, reason="no C++ compiler")
 
 
 def made(dtype=torch.float64, **options):
@@ -259,7 +263,7 @@ def test_what_runs_how():
     ]  # fmt: skip
     assert chosen_backend(2, 0.9) == "bag"
     ffn, x = made(torch.float32).eval(), tokens(1, 1).float()
-    with torch.no_grad():
+    with torch.no_grad(), kernels("torch"):
         assert ffn._backend(x) == "dense"  # lies by output
         assert ffn.pack_for_decode()
         assert ffn._backend(x) == "gather"
@@ -269,6 +273,112 @@ def test_what_runs_how():
         for precision, expected in (("bf16", "gather"), ("fp32", "gather"), ("nvfp4", "dense")):
             zoo.set_precision(ffn, precision)
             assert ffn._backend(x) == expected
+
+
+@needs_compiler
+@torch.no_grad()
+def test_what_runs_natively():
+    ffn, x = made(torch.float32).eval(), tokens(1, 1).float()
+    assert ffn._backend(x) == "dense"
+    ffn.pack_for_decode()
+    assert ffn._backend(x) == ffn._backend(tokens(25, 5).float()) == "native"
+    assert ffn._backend(tokens(26, 5).float()) == "dense"
+    low = copy.deepcopy(ffn).bfloat16()
+    assert low._backend(tokens(1, 31).bfloat16()) == "native"
+    assert low._backend(tokens(1, 32).bfloat16()) == "bag"
+    hook = ffn.up.register_forward_hook(lambda *_: None)
+    assert ffn._backend(x) == "gather"
+    hook.remove()
+    with FlopCounterMode(display=False):
+        assert ffn._backend(x) == "gather"
+    ffn.up.observer = lambda *_: None
+    assert ffn._backend(x) == "gather"
+    del ffn.up.observer
+    zoo.set_precision(ffn, "bf16", where="up")
+    assert ffn._backend(x) == "gather"
+    zoo.set_precision(ffn, "nvfp4")
+    assert ffn._backend(x) == "dense"
+    wide = made().eval()  # float64
+    wide.pack_for_decode()
+    assert wide._backend(tokens(1, 1)) == "gather"
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 1), (2, 9), (5, 7)])
+@pytest.mark.parametrize(
+    ("d", "f", "r"), [(24, 80, 12), (65, 257, 1), (130, 64, 97), (256, 512, 128)]
+)
+@pytest.mark.parametrize("how", [
+    {}, {"density": 0.7}, {"activation": "gelu"}, {"activation": "silu", "huber": 0.3},
+    {"activation": "relu", "selection": "exact"}, {"predictor": "full"}, {"density_start": 0.5},
+], ids=str)  # fmt: skip
+def test_native_equals_all_neurons(shape, d, f, r, how):
+    options = {"d_model": d, "d_ff": f, "d_predictor": None if "predictor" in how else r, **how}
+    ffn = made(torch.float32, backend="gather", **options).eval()
+    ffn.pack_for_decode()
+    x, mask = tokens(*shape, d=d).float(), torch.rand(shape) > 0.3
+    with kernels("native"):
+        assert ffn._backend(x) == "native"
+        got = ffn(x, mask=mask)
+    with torch.enable_grad():
+        want = ffn(x, mask=mask)
+    scale = want.y.abs().max().item()
+    assert_close(got.y, want.y, rtol=0, atol=2e-6 * max(scale, 1))
+    if shape != (1, 1):
+        assert_close(got.stats, want.stats)
+    with kernels("torch"):
+        assert_close(ffn(x, mask=mask).y, got.y, rtol=0, atol=2e-6 * max(scale, 1))
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("stored", "policy"), [("bf16", None), ("fp32", "bf16"), ("bf16", "fp32")])
+@pytest.mark.parametrize("n", [1, 3, 6])
+def test_native_rounds_where_torch_does(threads, stored, policy, n, monkeypatch):
+    monkeypatch.setattr("layers.spark_native.NUMBERS_PER_THREAD", 1)
+    low = torch.bfloat16 if stored == "bf16" else torch.float32
+    ffn = made(low, d_model=192, d_ff=512, backend="gather").eval()
+    if policy is not None:
+        zoo.set_precision(ffn, policy)
+    ffn.pack_for_decode()
+    x, before = tokens(1, n, d=192).to(low), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with kernels("native"):
+            assert ffn._backend(x) == "native"
+            got = ffn(x).y
+        with kernels("torch"):
+            want = ffn(x).y
+    finally:
+        torch.set_num_threads(before)
+    assert got.dtype == want.dtype == low
+    error = (got.float() - want.float()).norm() / want.float().norm()
+    assert error < (1e-6 if policy == "fp32" and low is torch.float32 else 4e-3)
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 2])
+def test_native_with_no_neuron_every_neuron_or_no_number(n):
+    ffn = made(torch.float32, backend="gather", activation="relu").eval()
+    ffn.pack_for_decode()
+    x = tokens(1, n).float()
+    with kernels("native"):
+        assert not ffn(torch.zeros_like(x)).y.any()
+        ffn._z = -100.0  # below every score
+        got = ffn(x)
+        assert n == 1 or got.stats["active_neurons"] == 80 * n
+        with kernels("torch"):
+            assert_close(got.y, ffn(x).y, rtol=1e-5, atol=1e-4)
+        ffn._z = 100.0
+        assert not ffn(x).y.any()
+        ffn._z = 1.4
+        x[0, 0, 3] = torch.nan
+        y = ffn(x).y
+        assert y[0, 0].isnan().all()
+        assert y[0, 1:].isfinite().all()
 
 
 @torch.no_grad()

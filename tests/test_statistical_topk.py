@@ -7,14 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from layers.statistical_topk import (
-    above,
-    exact_topk,
-    quantile,
-    quantile_table,
-    quantiles,
-    statistical_topk,
-)
+from layers.quantiles import quantile, quantile_here, quantile_table, quantiles
+from layers.statistical_topk import above, exact_topk, statistical_topk
 
 NORMAL = NormalDist()
 OPERATORS = {"statistical": statistical_topk, "exact": exact_topk}
@@ -286,6 +280,27 @@ def test_z_as_a_tensor_of_each_row():
         assert_close(y[i], alone)
         assert_close(grad[i], torch.autograd.grad(alone.sum(), row)[0])
     assert_close(above(x, z[2, 0]), above(x, z[2].item()))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_length_known_to_the_compiler_has_its_quantile_as_a_number(dynamic):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    def run(x):
+        z = quantile_here(8, x.shape[-1], x.device), quantile_here(70, x.shape[-1], x.device)
+        return x * z[0] + z[1]
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend, dynamic=dynamic)
+    for n in (71, 100, 139, 100_000):
+        expected = NORMAL.inv_cdf(1 - 8 / n) * torch.ones(2, n) + NORMAL.inv_cdf(1 - 70 / n)
+        assert_close(compiled(torch.ones(2, n)), expected)
+    assert len(graphs) == (1 if dynamic else 4)  # one for each length
+    assert all(("special_ndtri" in " ".join(graph)) == dynamic for graph in graphs)
 
 
 @pytest.mark.parametrize("masked", [False, True])
