@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from recipes.claiming.cli import claims
 from recipes.environment import prepare
 from recipes.study.cli import app as study
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 
 app.add_typer(study, name="study")
+app.command()(claims)
 
 
 @app.callback(invoke_without_command=True)
