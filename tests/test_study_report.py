@@ -285,6 +285,26 @@ def test_sizes_that_share_budgets_have_a_best_size_instead_of_a_frontier(tmp_pat
     assert "Best size per budget" in Page(render(parts)).text
 
 
+class Rising(MadeUpStudy):
+    """A baseline that more compute makes worse, which no curve can say anything of."""
+
+    def result(self, run):
+        plain = super().result(run)
+        if run.variant == "swiglu":
+            plain["final"]["bpb"] = 4.0 + 0.5 * self.sizes.index(run.size) + 0.001 * run.seed
+        return plain
+
+
+def test_a_curve_that_cannot_be_read_is_told_and_breaks_nothing(tmp_path):
+    parts = parts_of(gather(Rising(controls=False).write(tmp_path)), draws=DRAWS)
+    (ladder,) = parts.ladders
+    assert ladder.leverages == {}
+    assert "gave a number" in ladder.refused["moe"]
+    assert "No leverage of moe: none of 200 resamples gave a number" in Page(render(parts)).text
+    (ruling,) = parts.rulings
+    assert ruling.conditions[1].holds is None
+
+
 def test_a_diverged_size_is_left_out_of_the_ladder_by_name(tmp_path):
     sizes = ("xs", "s", "m", "l", "xl")
     parts = made(tmp_path, sizes=sizes, controls=False, diverge=("m-moe-bf16-lr0.002-s1",))

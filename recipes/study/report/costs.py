@@ -207,4 +207,4 @@ def _bound_words(arm: Arm, model: ModelRecord, machine: Machine) -> str:
 
 def _words(b: Bound) -> str:
     most = text.si(1 / b.seconds)
-    return f"{b.binds} binds ({b.ratio:.2g} times the other), {most} tokens/s at most"
+    return f"{b.binds} binds ({text.si(b.ratio)} times the other), {most} tokens/s at most"

@@ -26,6 +26,7 @@ class Ladder:
     fit: Fit | None  # of all curves with budgets enough, one floor
     why: str | None  # no fit
     leverages: dict[str, Leverage]  # by variant, at its largest x
+    refused: dict[str, str]  # by variant: why there is no leverage though there are budgets enough
     left_out: tuple[tuple[str, str], ...]  # variant and size where a run diverged
     sigma: float | None  # noise of a run that intervals were made from; None: runs drawn again
 
@@ -48,20 +49,24 @@ def ladder(
     n = len(arms.get(base, ()))
     if n < LEAST:
         why = f"the baseline has {n} budget{'s' * (n != 1)} and {needed}: no curve is fitted"
-        return Ladder(hold, arms, None, why, {}, lost, None)
+        return Ladder(hold, arms, None, why, {}, {}, lost, None)
     runs = {v: _runs(a, x) for v, a in arms.items() if len(a) >= LEAST}
     enough = {v: r for v, r in runs.items() if len(np.unique(np.round(np.log(r.x), 9))) >= LEAST}
     if base not in enough:
         why = f"sizes of the baseline share budgets, and {needed} different ones"
-        return Ladder(hold, arms, None, why, {}, lost, None)
+        return Ladder(hold, arms, None, why, {}, {}, lost, None)
     sigma = _sigma(d, [a for v in enough for a in arms[v]])
-    leverages = {
-        v: leverage_of_curves(enough[base], r, draws=draws, sigma=sigma)
-        for v, r in enough.items()
-        if v != base
-    }
+    leverages: dict[str, Leverage] = {}
+    refused: dict[str, str] = {}
+    for v, r in enough.items():
+        if v == base:
+            continue
+        try:
+            leverages[v] = leverage_of_curves(enough[base], r, draws=draws, sigma=sigma)
+        except ValueError as error:  # no resample has an answer, as of a loss that does not fall
+            refused[v] = str(error)
     fit = fit_frontiers(enough) if joint else None
-    return Ladder(hold, arms, fit, None, leverages, lost, sigma)
+    return Ladder(hold, arms, fit, None, leverages, refused, lost, sigma)
 
 
 def training_flops(run: Run) -> float:

@@ -72,7 +72,8 @@ def _leverage(variant: str, flops: Ladder) -> Condition:
     asks = "the lower bound of the compute leverage is above 1 at the top rung"
     found = flops.leverages.get(variant)
     if found is None:
-        return Condition("b", asks, None, flops.why or "too few budgets of this variant for a fit")
+        why = flops.why or flops.refused.get(variant, "too few budgets of this variant for a fit")
+        return Condition("b", asks, None, why)
     told = leverage_words(flops, variant)
     if found.extrapolated:
         told += "; of which only that it is above 1 is claimed" if found.interval.low > 1 else ""

@@ -57,6 +57,7 @@ def _fit_words(one: Ladder) -> Markup:
         told.append("The starts of the fit disagree: do not trust it. ")
     if few:
         told.append(f"Fewer than {LEAST} budgets, so no curve: {', '.join(few)}. ")
+    told += [f"No leverage of {v}: {why}. " for v, why in one.refused.items()]
     if one.sigma is not None:
         told.append(
             "Some sizes have fewer than three seeds: intervals are of the baseline's noise added "
