@@ -26,6 +26,7 @@ BACKENDS = ("auto", "dense", "gather", "bag")
 # Rows of down that all tokens read together, as a share of the neurons, up to which a backend is
 # the fastest on a CPU (benchmarks/spark.md).
 GATHER_UP_TO, BAG_UP_TO = 1.3, 5.2
+BY_OUTPUT = "down lies by output: call pack_for_decode() first"  # an obstacle
 ROOM = 1.5  # of the scratch, over what is asked: rows differ from token to token
 
 
@@ -78,7 +79,8 @@ def lay_by_neuron(down: Linear) -> bool:
     weight = down.weight
     if isinstance(weight, Packed | PackedWeight):
         return False
-    weight.data = weight.data.t().contiguous().t()
+    with torch.inference_mode(False):  # else training could not go on with it
+        weight.data = weight.data.t().contiguous().t()
     return True
 
 
@@ -93,7 +95,7 @@ def obstacle(up: Linear, down: Linear) -> str | None:
         if p is not None and not p.is_cast:
             return f"the precision {p.label} quantises blocks of several neurons"
     if not down.weight.t().is_contiguous():
-        return "down lies by output: call pack_for_decode() first"
+        return BY_OUTPUT
     return None
 
 

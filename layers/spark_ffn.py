@@ -24,7 +24,7 @@ from layers.linear import Linear
 from layers.quantiles import quantile
 from layers.scheduled import Scheduled
 from layers.spark_config import PREDICTORS, SparkFFNConfig
-from layers.spark_decode import chosen_backend, lay_by_neuron, obstacle, run_neurons
+from layers.spark_decode import BY_OUTPUT, chosen_backend, lay_by_neuron, obstacle, run_neurons
 from layers.spark_native import (
     NATIVE_UP_TO,
     PREDICTOR_UP_TO,
@@ -34,7 +34,14 @@ from layers.spark_native import (
 )
 from layers.statistical_topk import above, exact_topk
 
-__all__ = ["ACTIVATIONS", "PREDICTORS", "SparkFFN", "SparkFFNConfig", "pack_for_decode"]
+__all__ = [
+    "ACTIVATIONS",
+    "PREDICTORS",
+    "SparkFFN",
+    "SparkFFNConfig",
+    "pack_for_decode",
+    "pack_for_generation",
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # 0 at 0: what is not chosen adds nothing
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -162,6 +169,19 @@ class SparkFFN(nn.Module, Scheduled):
 def pack_for_decode(model: nn.Module) -> int:
     """`SparkFFN.pack_for_decode` of every layer there is. Returns how many run neurons alone."""
     layers = [module for module in model.modules() if isinstance(module, SparkFFN)]
+    return sum(layer.pack_for_decode() for layer in layers)
+
+
+def pack_for_generation(model: nn.Module) -> int:
+    """`pack_for_decode` of the layers that it makes faster: those on a CPU whose weights are plain
+    tensors (FSDP's are not) and that would then run neurons alone. Returns how many.
+    """
+    layers = [
+        m for m in model.modules()
+        if isinstance(m, SparkFFN) and m.config.selection != "none" and m.config.backend != "dense"
+        and type(m.down.weight) is nn.Parameter and m.down.weight.is_cpu
+        and obstacle(m.up, m.down) in (None, BY_OUTPUT)
+    ]  # fmt: skip
     return sum(layer.pack_for_decode() for layer in layers)
 
 

@@ -257,6 +257,31 @@ def test_laying_by_neuron_changes_no_number_and_trains_on():
     assert_close(other(x).y, ffn(x).y)
 
 
+def test_generation_lays_by_neuron_and_leaves_a_model_to_train_and_save(tmp_path):
+    sizes = {"vocab_size": 32, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 24}
+    ffn = {"name": "spark_ffn", "d_ff": 64}
+    model = zoo.build({"model": {**sizes, "ffn": ffn}})
+    before = copy.deepcopy(model)
+    dense = zoo.build({"model": {**sizes, "ffn": {**ffn, "backend": "dense"}}})
+    dense.load_state_dict(model.state_dict())
+    prompt, options = torch.randint(0, 32, (2, 4)), {"max_new_tokens": 8, "temperature": 0.0}
+    with torch.inference_mode():
+        got = zoo.generate(model, prompt, **options)
+        assert got.equal(zoo.generate(dense, prompt, **options))
+    for made_by, by_neuron in ((model, True), (dense, False)):
+        layers = [m for m in made_by.modules() if isinstance(m, SparkFFN)]
+        assert len(layers) == 2
+        assert all(m.down.weight.t().is_contiguous() == by_neuron for m in layers)
+    assert_close(dict(model.state_dict()), dict(before.state_dict()), rtol=0, atol=0)
+    for name, m in (("a", model), ("b", before)):
+        m.save_pretrained(tmp_path / name)
+        m.train()(prompt).logits.square().mean().backward()
+        torch.optim.AdamW(m.parameters()).step()
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    assert_close(dict(model.state_dict()), dict(before.state_dict()), rtol=1e-4, atol=1e-5)
+
+
 def test_what_runs_how():
     assert [chosen_backend(n, 0.08) for n in (1, 16, 17, 64, 512)] == [
         "gather", "gather", "bag", "bag", "dense",

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from layers.spark_ffn import pack_for_generation
 from zoo.model import LanguageModel
 from zoo.sampling import Sampling, check_prompt, generator_of
 
@@ -47,6 +48,7 @@ def generate(
     generator = generator_of(seed, tokens.device)
     was_training = model.training
     model.eval()
+    pack_for_generation(model)  # numbers, names and parameters stay
     try:
         cache = model.new_cache(tokens.shape[1] + max_new_tokens) if model.tokenwise else None
         given = tokens
