@@ -112,7 +112,7 @@ def compare(comparison: Annotated[str, typer.Argument(help="A file, or a shipped
 def report(
     dirs: Annotated[list[Path], typer.Argument(help="Runs or comparisons.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the first.")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Also PNG, SVG and PDF figures, here.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Figures too (PNG, SVG, PDF).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Lay finished runs side by side in one HTML file."""
