@@ -1,1 +1,1 @@
-"""What papers say, each as a small study with tests and a verdict: files that `zoo claims` reads."""
+"""What papers say, each as a small study with tests and a verdict; `zoo claims` reads these."""
