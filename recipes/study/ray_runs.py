@@ -28,7 +28,7 @@ class RayTasks:
             ValueError: where Ray is not installed, or no cluster answers.
         """
         try:
-            import ray
+            import ray  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ValueError("Ray is not installed: pip install 'moe-zoo[ray]'") from None
         self._ray: Any = ray
