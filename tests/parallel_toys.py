@@ -53,11 +53,15 @@ def cut_after(step: int | None):
 
 @contextmanager
 def brief():
-    """No sample is drawn."""
+    """A sample of one token."""
     import recipes.train
 
+    before = recipes.train.SAMPLE_TOKENS
     recipes.train.SAMPLE_TOKENS = 1
-    yield
+    try:
+        yield
+    finally:
+        recipes.train.SAMPLE_TOKENS = before
 
 
 # What is checked without a trainer; each returns what rank 0 writes
