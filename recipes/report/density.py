@@ -1,19 +1,18 @@
 """Which share of the neurons tokens ran: quality against it, and each layer against its target."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
 
 from recipes.report import text
 from recipes.report.density_records import LayerDensity
 from recipes.report.figures import Figure, meta, switched
-from recipes.report.headline import name
 from recipes.report.health_figures import lines
+from recipes.report.layer_tables import Column, layer_table, mean_table
 from recipes.report.probes import explorer
 from recipes.report.study import Group, Study
-from recipes.report.tables import num_cell, sort_head, sortable
-from recipes.report.text import Markup, el, join, lead
+from recipes.report.tables import num_cell
+from recipes.report.text import Markup, join, lead
 
 # label: name in the curve, axis title, format of its ticks
 MEASURES = {
@@ -22,17 +21,7 @@ MEASURES = {
 }
 
 
-@dataclass(frozen=True)
-class Column:
-    """A figure of a layer."""
-
-    head: str
-    title: str
-    of: Callable[[LayerDensity], float]
-    shown: Callable[[float], str]
-
-
-COLUMNS = (
+COLUMNS: tuple[Column[LayerDensity], ...] = (
     Column("Target", "share of the neurons that a token is to run", lambda x: x.target,
            lambda x: text.percent(x, 2)),
     Column("Ran", "share of the neurons that a held-out token ran, mean", lambda x: x.active,
@@ -61,8 +50,22 @@ def density(study: Study, legend: Markup) -> Markup | None:
         legend,
         explorer(against_quality(study, groups), "density-quality", "Quality against density"),
         explorer(by_layer(study, groups), "density-layers", "Share of the neurons by layer"),
-        _summary(study, groups),
-        _by_layer(study, groups),
+        mean_table(
+            study,
+            groups,
+            _recorded,
+            COLUMNS,
+            {"Bits per byte": lambda g: num_cell(g.bpb, text.bpb(g.bpb, study.digits))},
+        ),
+        layer_table(
+            study,
+            groups,
+            _recorded,
+            COLUMNS,
+            lambda x: x.active_by_domain,
+            "share of the neurons",
+            lambda x: text.percent(x, 2),
+        ),
         switched(
             over_training, legend, "density-lines", "Density over training", "Density over training"
         )
@@ -165,45 +168,5 @@ def _layers(study: Study, g: Group, of: Callable[[LayerDensity], float], dash: s
 # Tables
 
 
-def _summary(study: Study, groups: Sequence[Group]) -> Markup:
-    """One row per group: means over the layers."""
-    heads = [sort_head("Variant", False), sort_head("Bits per byte"), sort_head("Layers")]
-    heads += [sort_head(c.head, title=c.title) for c in COLUMNS]
-    rows = [
-        el(
-            "tr",
-            el("td", name(study, g), data_value=g.label),
-            num_cell(g.bpb, text.bpb(g.bpb, study.digits)),
-            num_cell(len(g.first.density), str(len(g.first.density))),
-            *(_mean_cell(c, g.first.density) for c in COLUMNS),
-        )
-        for g in groups
-    ]
-    return sortable(heads, rows)
-
-
-def _mean_cell(column: Column, layers: Sequence[LayerDensity]) -> Markup:
-    known = [column.of(layer) for layer in layers]
-    span = f"{column.shown(min(known))} to {column.shown(max(known))} over the layers"
-    return num_cell(fmean(known), column.shown(fmean(known)), span)
-
-
-def _by_layer(study: Study, groups: Sequence[Group]) -> Markup:
-    """One row per layer, with what ran in each domain."""
-    domains = dict.fromkeys(d for g in groups for x in g.first.density for d in x.active_by_domain)
-    heads = [sort_head("Variant", False), sort_head("Layer")]
-    heads += [sort_head(c.head, title=c.title) for c in COLUMNS]
-    heads += [sort_head(f"in {d}", title=f"share of the neurons for {d}") for d in domains]
-    rows = [
-        el(
-            "tr",
-            el("td", name(study, g), data_value=f"{g.label} {x.layer}"),
-            num_cell(x.layer, str(x.layer)),
-            *(num_cell(c.of(x), c.shown(c.of(x))) for c in COLUMNS),
-            *(num_cell(v, text.percent(v or 0.0, 2)) for v in map(x.active_by_domain.get, domains)),
-        )
-        for g in groups
-        for x in g.first.density
-    ]
-    told = el("summary", "The same, layer by layer and by domain")
-    return el("details", told, sortable(heads, rows))
+def _recorded(group: Group) -> Sequence[LayerDensity]:
+    return group.first.density

@@ -1,17 +1,14 @@
 """How often tokens went through layers that loop: by layer and domain, over training, by token."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from collections.abc import Sequence
 
 from recipes.report import text
 from recipes.report.depth_records import LayerLoops, TokenLoops, mean_loops
 from recipes.report.figures import Figure, meta, switched
-from recipes.report.headline import name
 from recipes.report.health_figures import lines
+from recipes.report.layer_tables import Column, layer_table, mean_table
 from recipes.report.probes import explorer
 from recipes.report.study import Group, Study
-from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead, swatch
 
 RAMP = ("#b9cfee", "#2a4f8f")  # of one loop, and of the most
@@ -27,17 +24,7 @@ def _number(x: float) -> str:
     return f"{x:.2f}"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A figure of a layer."""
-
-    head: str
-    title: str
-    of: Callable[[LayerLoops], float | None]
-    shown: Callable[[float], str] = _number
-
-
-COLUMNS = (
+COLUMNS: tuple[Column[LayerLoops], ...] = (
     Column("Loops", "of a held-out token, mean", lambda x: x.mean),
     Column("Once", "share of the tokens that loop once", lambda x: x.counts[0] / sum(x.counts),
            text.percent),
@@ -65,8 +52,8 @@ def depth(study: Study, legend: Markup) -> Markup | None:
         note,
         _key(max(x.most_loops for g in groups for x in g.first.loops)),
         explorer(histogram(groups), "depth-bars", "Share of the tokens by their loops"),
-        _summary(study, groups),
-        _by_layer(study, groups),
+        mean_table(study, groups, _layers, COLUMNS),
+        layer_table(study, groups, _layers, COLUMNS, _mean_by_domain, "mean loops", _number),
         _tokens(groups),
         switched(over_training, legend, "depth-lines", "Depth over training", "Loops over training")
         if over_training
@@ -213,51 +200,9 @@ def _tokens(groups: Sequence[Group]) -> Markup | None:
     return join(el("h3", "Which tokens loop"), note, plot)
 
 
-def _summary(study: Study, groups: Sequence[Group]) -> Markup:
-    """One row per group: means over the layers."""
-    heads = [sort_head("Variant", False), sort_head("Layers")]
-    heads += [sort_head(c.head, title=c.title) for c in COLUMNS]
-    rows = [
-        el(
-            "tr",
-            el("td", name(study, g), data_value=g.label),
-            num_cell(len(g.first.loops), str(len(g.first.loops))),
-            *(_mean_cell(c, g.first.loops) for c in COLUMNS),
-        )
-        for g in groups
-    ]
-    return sortable(heads, rows)
+def _layers(group: Group) -> Sequence[LayerLoops]:
+    return group.first.loops
 
 
-def _mean_cell(column: Column, layers: Sequence[LayerLoops]) -> Markup:
-    known = [x for layer in layers if (x := column.of(layer)) is not None]
-    if not known:
-        return num_cell(None, "")
-    span = f"{column.shown(min(known))} to {column.shown(max(known))} over the layers"
-    return num_cell(fmean(known), column.shown(fmean(known)), span)
-
-
-def _by_layer(study: Study, groups: Sequence[Group]) -> Markup:
-    """One row per layer, with the mean loops in each domain."""
-    domains = dict.fromkeys(d for g in groups for x in g.first.loops for d in x.counts_by_domain)
-    heads = [sort_head("Variant", False), sort_head("Layer")]
-    heads += [sort_head(c.head, title=c.title) for c in COLUMNS]
-    heads += [sort_head(f"in {d}", title=f"mean loops for {d}") for d in domains]
-    rows = [
-        el(
-            "tr",
-            el("td", name(study, g), data_value=f"{g.label} {x.layer}"),
-            num_cell(x.layer, str(x.layer)),
-            *(num_cell(v, c.shown(v or 0.0)) for c in COLUMNS for v in [c.of(x)]),
-            *(_domain_cell(x.counts_by_domain.get(d)) for d in domains),
-        )
-        for g in groups
-        for x in g.first.loops
-    ]
-    told = el("summary", "The same, layer by layer and by domain")
-    return el("details", told, sortable(heads, rows))
-
-
-def _domain_cell(counts: Sequence[float] | None) -> Markup:
-    mean = None if counts is None else mean_loops(counts)
-    return num_cell(mean, _number(mean or 0.0))
+def _mean_by_domain(layer: LayerLoops) -> dict[str, float]:
+    return {domain: mean_loops(counts) for domain, counts in layer.counts_by_domain.items()}

@@ -1,17 +1,14 @@
 """How memory layers used their rows: figures of each layer, over training, and how even the use."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from collections.abc import Sequence
 
 from recipes.report import text
 from recipes.report.figures import Figure, meta, switched
-from recipes.report.headline import name
 from recipes.report.health_figures import lines
 from recipes.report.layer_records import LayerMemory
+from recipes.report.layer_tables import Column, layer_table, mean_table
 from recipes.report.probes import explorer
 from recipes.report.study import Group, Study
-from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
 
 TOP = 1 / 32  # of the rows, whose share of the reads the table has
@@ -29,17 +26,7 @@ def _number(x: float) -> str:
     return f"{x:.3f}"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A figure of a layer."""
-
-    head: str
-    title: str
-    of: Callable[[LayerMemory], float | None]
-    shown: Callable[[float], str] = _number
-
-
-COLUMNS = (
+COLUMNS: tuple[Column[LayerMemory], ...] = (
     Column("Rows", "that the layer sees", lambda m: m.n_rows, lambda x: f"{x:,.0f}"),
     Column("Reads a row", "of the held-out tokens, mean over the rows",
            lambda m: m.reads / m.n_rows, lambda x: f"{x:.3g}"),
@@ -72,8 +59,17 @@ def memory(study: Study, legend: Markup) -> Markup | None:
     over_training = lines(study, groups, MEASURES)
     return join(
         note,
-        _summary(study, groups),
-        _by_layer(study, groups),
+        mean_table(study, groups, _layers, COLUMNS),
+        layer_table(
+            study,
+            groups,
+            _layers,
+            COLUMNS,
+            lambda m: m.used_by_domain,
+            "share of the rows read",
+            text.percent,
+            {"Pool": lambda m: m.pool or "its own"},
+        ),
         switched(
             over_training,
             legend,
@@ -90,51 +86,8 @@ def memory(study: Study, legend: Markup) -> Markup | None:
 # Tables
 
 
-def _summary(study: Study, groups: Sequence[Group]) -> Markup:
-    """One row per group: means over the layers."""
-    heads = [sort_head("Variant", False), sort_head("Layers")]
-    heads += [sort_head(c.head, title=c.title) for c in COLUMNS]
-    rows = [
-        el(
-            "tr",
-            el("td", name(study, g), data_value=g.label),
-            num_cell(len(g.first.memory), str(len(g.first.memory))),
-            *(_mean_cell(c, g.first.memory) for c in COLUMNS),
-        )
-        for g in groups
-    ]
-    return sortable(heads, rows)
-
-
-def _mean_cell(column: Column, layers: Sequence[LayerMemory]) -> Markup:
-    known = [x for layer in layers if (x := column.of(layer)) is not None]
-    if not known:
-        return num_cell(None, "")
-    span = f"{column.shown(min(known))} to {column.shown(max(known))} over the layers"
-    return num_cell(fmean(known), column.shown(fmean(known)), span)
-
-
-def _by_layer(study: Study, groups: Sequence[Group]) -> Markup:
-    """One row per layer, with the rows used in each domain."""
-    domains = dict.fromkeys(d for g in groups for m in g.first.memory for d in m.used_by_domain)
-    heads = [sort_head("Variant", False), sort_head("Layer"), sort_head("Pool", False)]
-    heads += [sort_head(c.head, title=c.title) for c in COLUMNS]
-    heads += [sort_head(f"in {d}", title=f"share of the rows read for {d}") for d in domains]
-    rows = [
-        el(
-            "tr",
-            el("td", name(study, g), data_value=f"{g.label} {m.layer}"),
-            num_cell(m.layer, str(m.layer)),
-            el("td", m.pool or "its own"),
-            *(num_cell(x, c.shown(x or 0.0)) for c in COLUMNS for x in [c.of(m)]),
-            *(num_cell(x, text.percent(x or 0.0)) for x in map(m.used_by_domain.get, domains)),
-        )
-        for g in groups
-        for m in g.first.memory
-    ]
-    return el(
-        "details", el("summary", "The same, layer by layer and by domain"), sortable(heads, rows)
-    )
+def _layers(group: Group) -> Sequence[LayerMemory]:
+    return group.first.memory
 
 
 # Figures
