@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from layers.base import Cost, FFNOutput
 from layers.memory.core import Memory, MemoryConfig
 from layers.memory.losses import BALANCES, core_penalty
+from layers.memory.retriever import Hits
 from layers.memory.tucker import TuckerKeys, TuckerKeysConfig
 from layers.names import check_choice, check_positive
 from layers.swiglu import SwiGLUConfig, default_d_ff
@@ -86,30 +86,17 @@ def remember(memory: Memory, config: BesideConfig, x: Tensor, mask: Tensor | Non
     """
     if not memory.training or (config.key_balance == "none" and config.core_margin is None):
         return memory(x, mask=mask)
-    keys, losses = memory.keys, {}
+    keys, losses = memory.keys, dict[str, Tensor]()
     assert isinstance(keys, TuckerKeys)
-    if config.key_balance == "none":
-        out = memory(x, mask=mask)
-    else:
-        y, losses["key_balance"] = _balanced(memory, keys, config.key_balance, x, mask)
-        out = FFNOutput(y)
+
+    def search(queries: Tensor, real: Tensor | None) -> Hits:
+        hits, losses["key_balance"] = keys.balanced(queries, config.key_balance, real)
+        return hits
+
+    out = memory(x, mask=mask, search=None if config.key_balance == "none" else search)
     if config.core_margin is not None:
         losses["core_penalty"] = core_penalty(keys.cores.sum(0), config.core_margin)
     return out._replace(losses=losses)
-
-
-def _balanced(
-    memory: Memory, keys: TuckerKeys, form: str, x: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What `Memory.forward` gives in training, and the balance loss of the search."""
-    real = None if mask is None else mask.flatten()
-    x = x if mask is None else x.masked_fill(~mask[..., None], 0)
-    queries = memory.query(x, mask)
-    with torch.autocast(x.device.type, enabled=False):
-        hits, loss = keys.balanced(queries, form, real)
-    y = memory.readout(x.flatten(0, 1), hits, memory.values())[0].view(x.shape)
-    y = y if mask is None else y.masked_fill(~mask[..., None], 0)
-    return y.type_as(x), loss
 
 
 def split(

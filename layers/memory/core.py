@@ -1,6 +1,7 @@
 """A memory layer: query, retriever, pool and readout, in any combination (memory.md 1, 14)."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from layers.memory.expansion import ExpansionConfig
 from layers.memory.pool import OWNERS, Pool, PoolConfig
 from layers.memory.query import Query, QueryConfig
 from layers.memory.readout import Readout, ReadoutConfig
-from layers.memory.retriever import ProductKeys, ProductKeysConfig
+from layers.memory.retriever import Hits, ProductKeys, ProductKeysConfig
 from layers.memory.tucker import TuckerKeys, TuckerKeysConfig
 from layers.names import check_choice
 
@@ -79,9 +80,15 @@ class Memory(nn.Module):
         return self._shared[0] if self.pool is None else self.pool
 
     def forward(
-        self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        carry: Tensor | None = None,
+        mask: Tensor | None = None,
+        search: Callable[[Tensor, Tensor | None], Hits] | None = None,
     ) -> FFNOutput:
         """x: [B, S, D]; mask: [B, S] bool, True where a token is real. carry is not read.
+
+        search: in place of `keys`, of queries and the mask [T], where a loss is asked of it too.
 
         In evaluation `stats["slots"]` [M] int64 counts how often each row of the pool was read;
         it is not counted in training, and not for a single token, where it would cost more than
@@ -91,11 +98,12 @@ class Memory(nn.Module):
             x = x.masked_fill(~mask[..., None], 0)
         tokens = x.flatten(0, 1)
         decoding, pool = is_decoding(tokens), self.values()
-        hits = find(tokens, self.query, self.keys) if decoding else None
+        hits = find(tokens, self.query, self.keys) if decoding and search is None else None
+        real = None if mask is None else mask.flatten()
         if hits is None:
             queries = self.query(x, mask)
             with _without_autocast(queries):
-                hits = self.keys(queries)
+                hits = self.keys(queries) if search is None else search(queries, real)
         done = read(tokens, hits, self.readout, pool) if decoding else None
         y, rows = self.readout(tokens, hits, pool) if done is None else done
         y = y.view(x.shape)
@@ -103,7 +111,6 @@ class Memory(nn.Module):
             y = y.masked_fill(~mask[..., None], 0)
         stats = None
         if not self.training and not decoding:
-            real = None if mask is None else mask.flatten()
             stats = {"slots": count_experts(rows, self.config.pool.n_rows, real)}
         return FFNOutput(y.type_as(x), stats=stats)
 
