@@ -12,8 +12,8 @@ bfloat16 would change: what a lower precision or another kernel may flip.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from layers.base import Routing
+from recipes.hooks import seen_in
 from recipes.report.layer_records import LayerHealth
 
 MOST_PAIRED = 64  # experts in a matrix of pairs
@@ -34,29 +35,9 @@ def routers_of(model: nn.Module) -> dict[int, nn.Module]:
     return {layer: each for layer, each in enumerate(found) if isinstance(each, nn.Module)}
 
 
-@contextmanager
-def watched(model: nn.Module) -> Iterator[dict[int, Routing]]:
-    """{layer: what its router returned}, filled anew by every forward while the context is open.
-
-    torch.compile does not promise to notice hooks that come and go (it skips their guards), so a
-    compiled model with routers runs eagerly in here.
-    """
-    seen: dict[int, Routing] = {}
-    with ExitStack() as open_:
-        for layer, router in routers_of(model).items():
-            hook = router.register_forward_hook(_keeper(seen, layer))
-            open_.callback(hook.remove)
-        if routers_of(model) and any(m._compiled_call_impl is not None for m in model.modules()):
-            open_.enter_context(torch.compiler.set_stance("force_eager"))
-        yield seen
-
-
-def _keeper(seen: dict[int, Routing], layer: int) -> Any:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Routing):
-            seen[layer] = output
-
-    return keep
+def watched(model: nn.Module) -> AbstractContextManager[dict[int, Routing]]:
+    """{layer: what its router returned}, as `recipes.hooks.seen_in`."""
+    return seen_in(model, routers_of(model), lambda module, args, routing: routing)
 
 
 def probabilities(router: nn.Module, logits: Tensor) -> Tensor:

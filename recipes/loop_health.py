@@ -4,8 +4,8 @@ A hook on each loop predictor keeps what it chose in the last forward, during ev
 `recipes.health` does with routers: training pays nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from layers.loop_predictor import LoopPredictor, Loops
 from layers.versatile_ffn import VersatileFFNConfig
 from recipes.batches import Batch
+from recipes.hooks import seen_in
 from recipes.report.depth_records import LayerLoops, TokenLoops
 from recipes.schema import DataConfig
 from recipes.text import tokenizer
@@ -30,27 +31,9 @@ def predictors_of(model: nn.Module) -> dict[int, LoopPredictor]:
     return {layer: each for layer, each in enumerate(found) if isinstance(each, LoopPredictor)}
 
 
-@contextmanager
-def looped(model: nn.Module) -> Iterator[dict[int, Loops]]:
-    """{layer: the loops of its tokens}, filled anew by every forward in the context.
-
-    As `recipes.health.watched`, a compiled model that loops runs eagerly in here.
-    """
-    seen: dict[int, Loops] = {}
-    predictors = predictors_of(model)
-    with ExitStack() as open_:
-        for layer, predictor in predictors.items():
-            open_.callback(predictor.register_forward_hook(_keeper(seen, layer)).remove)
-        if predictors and any(m._compiled_call_impl is not None for m in model.modules()):
-            open_.enter_context(torch.compiler.set_stance("force_eager"))
-        yield seen
-
-
-def _keeper(seen: dict[int, Loops], layer: int) -> Any:
-    def keep(module: nn.Module, args: Any, output: Loops) -> None:
-        seen[layer] = output
-
-    return keep
+def looped(model: nn.Module) -> AbstractContextManager[dict[int, Loops]]:
+    """{layer: the loops of its tokens}, as `recipes.hooks.seen_in`."""
+    return seen_in(model, predictors_of(model), lambda module, args, loops: loops)
 
 
 class LoopHealth(Metric):

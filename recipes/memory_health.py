@@ -4,8 +4,8 @@ Reads of each row come with the layers' `stats` in evaluation; what a retriever 
 of all pairs misses is measured by a hook, on a few tokens of every batch: training pays nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from math import log
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from layers.memory import Hits, Memory, TuckerKeys, slot_usage
 from layers.memory.tucker import core_gap
+from recipes.hooks import seen_in
 from recipes.report.layer_records import LayerMemory
 
 SAMPLE_TOKENS = 4  # of every batch, searched exhaustively
@@ -37,28 +38,13 @@ def memories_of(model: nn.Module) -> dict[int, Memory]:
     return {layer: each for layer, each in enumerate(found) if isinstance(each, Memory)}
 
 
-@contextmanager
-def searched(model: nn.Module) -> Iterator[dict[int, Search]]:
-    """{layer: how well its retriever searched}, filled anew by every forward in the context.
+def searched(model: nn.Module) -> AbstractContextManager[dict[int, Search]]:
+    """{layer: how well its retriever searched}, as `recipes.hooks.seen_in`.
 
-    Only retrievers that may miss slots. As `recipes.health.watched`, a compiled model that has one
-    runs eagerly in here.
+    Only retrievers that may miss slots.
     """
-    seen: dict[int, Search] = {}
     keys = {k: m.keys for k, m in memories_of(model).items() if isinstance(m.keys, TuckerKeys)}
-    with ExitStack() as open_:
-        for layer, module in keys.items():
-            open_.callback(module.register_forward_hook(_searcher(seen, layer)).remove)
-        if keys and any(m._compiled_call_impl is not None for m in model.modules()):
-            open_.enter_context(torch.compiler.set_stance("force_eager"))
-        yield seen
-
-
-def _searcher(seen: dict[int, Search], layer: int) -> Any:
-    def search(module: TuckerKeys, args: tuple[Tensor], hits: Hits) -> None:
-        seen[layer] = search_again(module, args[0], hits)
-
-    return search
+    return seen_in(model, keys, lambda module, args, hits: search_again(module, args[0], hits))
 
 
 def search_again(keys: TuckerKeys, queries: Tensor, hits: Hits) -> Search:

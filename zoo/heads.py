@@ -4,6 +4,7 @@ Heads: H for queries, G for keys and values (arXiv:2305.13245); h is the width o
 first heads of a mixer are a smaller one (MatFormer's attention variant, arXiv:2310.07707, 2.1).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Generic, Self, TypeVar
 
@@ -23,7 +24,7 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines of the positions, [S, h / 2] e
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadsConfig:
+class HeadsConfig(ABC):
     """Sizes and options of one layer's heads. What they compute is each mixer's own."""
 
     d_model: int
@@ -82,9 +83,9 @@ class HeadsConfig:
         """Tables of the positions start, start + 1, ..., as this mixer turns by them."""
         return rope_tables(start, length, self.d_head, base, device)
 
+    @abstractmethod
     def cost(self, seq_len: int, *, causal: bool = True) -> Cost:
         """One token of a sequence of `seq_len`; `causal` as in `zoo.model.model_cost`."""
-        raise NotImplementedError
 
     def keys_seen(self, seq_len: int, causal: bool) -> float:
         """Keys a query, mean over a sequence; `causal` as in `zoo.model.model_cost`."""
@@ -119,7 +120,7 @@ class HeadsConfig:
 C = TypeVar("C", bound=HeadsConfig)
 
 
-class Heads(nn.Module, Generic[C]):
+class Heads(nn.Module, ABC, Generic[C]):
     """y = out(mix(q, k, v)), q and k rotated: the interface of a mixer, which says `mix`."""
 
     def __init__(self, config: C):
@@ -138,6 +139,7 @@ class Heads(nn.Module, Generic[C]):
         with torch.no_grad():
             self.out.weight.mul_(self.config.out_scale)
 
+    @abstractmethod
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
@@ -152,7 +154,6 @@ class Heads(nn.Module, Generic[C]):
         Returns:
             [B, H, S, h], in the dtype of v.
         """
-        raise NotImplementedError
 
     def kept_as(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values [B, G, S, h] as a cache keeps them and `mix` reads them."""
