@@ -15,8 +15,40 @@ from recipes.statistics.verdicts import Difference, correct
 BYTES_AT = ("1", "16", "256", "4096")  # tokens processed together
 
 
+class OverSeeds:
+    """What runs that differ in their seed alone come to."""
+
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def seeds(self) -> Seeds:
+        """Bits per byte by seed."""
+        return {run.seed: run.final.bpb for run in self.runs}
+
+    @property
+    def bpb(self) -> float:
+        """Mean bits per byte."""
+        return fmean(self.seeds.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Mean over the seeds of each run's median."""
+        return fmean(run.speed.tokens_per_s for run in self.runs)
+
+    @property
+    def train_s(self) -> float:
+        """Mean seconds of training."""
+        return fmean(run.speed.train_s for run in self.runs)
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """The largest of the runs that measured it."""
+        measured = [m for r in self.runs if (m := r.speed.peak_memory_bytes) is not None]
+        return max(measured, default=None)
+
+
 @dataclass(frozen=True)
-class Group:
+class Group(OverSeeds):
     """The runs of one variant in one precision: they differ in their seed alone.
 
     Where several learning rates were tried, those of one of them.
@@ -47,37 +79,11 @@ class Group:
         """The run with the lowest seed; costs are the same for all."""
         return self.runs[0]
 
-    @cached_property
-    def seeds(self) -> Seeds:
-        """Bits per byte by seed."""
-        return {run.seed: run.final.bpb for run in self.runs}
-
-    @property
-    def bpb(self) -> float:
-        """Mean bits per byte."""
-        return fmean(self.seeds.values())
-
     @property
     def accuracy(self) -> float | None:
         """Mean accuracy; None where a run has none: it read a text, or ended without a number."""
         found = [x for run in self.runs if (x := run.final.accuracy) is not None]
         return fmean(found) if len(found) == len(self.runs) else None
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Mean over the seeds of each run's median."""
-        return fmean(run.speed.tokens_per_s for run in self.runs)
-
-    @property
-    def train_s(self) -> float:
-        """Mean seconds of training."""
-        return fmean(run.speed.train_s for run in self.runs)
-
-    @property
-    def peak_memory_bytes(self) -> float | None:
-        """The largest of the runs that measured it."""
-        measured = [m for r in self.runs if (m := r.speed.peak_memory_bytes) is not None]
-        return max(measured, default=None)
 
 
 @dataclass(frozen=True)

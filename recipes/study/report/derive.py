@@ -8,7 +8,8 @@ from statistics import fmean
 from recipes.report.look import Look, look_of
 from recipes.report.noise import compare
 from recipes.report.records import Run
-from recipes.statistics.noise import Seeds, Spread, spread_of
+from recipes.report.study import OverSeeds
+from recipes.statistics.noise import Spread, spread_of
 from recipes.statistics.power import resolution
 from recipes.statistics.verdicts import LEVEL, Difference, correct
 from recipes.study.records import PlannedRecord, PlanRecord, StudyResults
@@ -21,7 +22,7 @@ Key = tuple[str, str, str]  # variant, size, matching
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(OverSeeds):
     """The finished runs of one variant in one precision at one size and matching, by seed."""
 
     variant: str
@@ -30,36 +31,10 @@ class Arm:
     hold: str
     runs: tuple[Run, ...]
 
-    @cached_property
-    def seeds(self) -> Seeds:
-        """Bits per byte by seed."""
-        return {run.seed: run.final.bpb for run in self.runs}
-
-    @property
-    def bpb(self) -> float:
-        """Mean bits per byte; NaN where a run diverged."""
-        return fmean(self.seeds.values())
-
     @property
     def flops(self) -> float:
         """Training FLOPs of one run."""
         return fmean(run.tokens * run.cost.training_flops_per_token for run in self.runs)
-
-    @property
-    def train_s(self) -> float:
-        """Seconds of training, mean."""
-        return fmean(run.speed.train_s for run in self.runs)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Mean over the seeds."""
-        return fmean(run.speed.tokens_per_s for run in self.runs)
-
-    @property
-    def peak_memory_bytes(self) -> float | None:
-        """The largest of those that measured it."""
-        known = [m for r in self.runs if (m := r.speed.peak_memory_bytes) is not None]
-        return max(known, default=None)
 
     @property
     def half(self) -> float | None:
