@@ -20,13 +20,19 @@ class RandomRouterConfig:
     d_model: int
     n_experts: int = 8
     top_k: int = 2
+    n_routes: int | None = None  # experts of all kinds, where there are several; None: n_experts
 
     def __post_init__(self) -> None:
-        check_sizes(self.d_model, self.n_experts, self.top_k)
+        check_sizes(self.d_model, self.total, self.top_k)
+
+    @property
+    def total(self) -> int:
+        """What is chosen from."""
+        return self.n_experts if self.n_routes is None else self.n_routes
 
     def cost(self) -> Cost:
         """One token's cost: integer work alone."""
-        work = 3 * self.d_model + 12 * self.n_experts
+        work = 3 * self.d_model + 12 * self.total
         return Cost((WeightCost(name="bits", role="router", params=0, other_flops=work),))
 
 
@@ -49,7 +55,7 @@ class RandomRouter(nn.Module):
         bits = (x.detach().float() + 0.0).view(torch.int32).long()  # [T, D]; -0 is 0
         odd = 2 * torch.arange(c.d_model, device=x.device) + 1
         key = mixed(bits * mixed(odd * GOLDEN)).sum(-1, keepdim=True)  # [T, 1]
-        draws = mixed(key + torch.arange(1, c.n_experts + 1, device=x.device) * GOLDEN)  # [T, E]
+        draws = mixed(key + torch.arange(1, c.total + 1, device=x.device) * GOLDEN)  # [T, E]
         experts = top_indices(draws.double(), c.top_k)
         logits = torch.zeros_like(draws, dtype=torch.promote_types(x.dtype, torch.float32))
         return Routing(experts, torch.full_like(logits[:, : c.top_k], 1 / c.top_k), logits, {})

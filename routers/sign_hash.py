@@ -26,9 +26,15 @@ class SignHashRouterConfig:
     n_experts: int = 8
     top_k: int = 2
     hash_seed: int = 0  # of planes and table, which are the same in every run
+    n_routes: int | None = None  # experts of all kinds, where there are several; None: n_experts
 
     def __post_init__(self) -> None:
-        check_sizes(self.d_model, self.n_experts, self.top_k)
+        check_sizes(self.d_model, self.total, self.top_k)
+
+    @property
+    def total(self) -> int:
+        """What is chosen from."""
+        return self.n_experts if self.n_routes is None else self.n_routes
 
     def cost(self) -> Cost:
         """One token's cost: the planes, which are no parameters."""
@@ -57,11 +63,11 @@ class SignHashRouter(nn.Module):
             return
         generator = torch.Generator().manual_seed(c.hash_seed)
         self.planes.copy_(torch.randn(self.planes.shape, generator=generator))
-        first = torch.arange(2**BITS).remainder(c.n_experts)  # each expert as often as another
+        first = torch.arange(2**BITS).remainder(c.total)  # each expert as often as another
         first = first[torch.randperm(2**BITS, generator=generator)]
-        others = torch.rand(2**BITS, c.n_experts - 1, generator=generator).argsort(-1) + 1
+        others = torch.rand(2**BITS, c.total - 1, generator=generator).argsort(-1) + 1
         steps = torch.cat([torch.zeros(2**BITS, 1, dtype=torch.int64), others], dim=-1)
-        self.table.copy_((first[:, None] + steps[:, : c.top_k]).remainder(c.n_experts))
+        self.table.copy_((first[:, None] + steps[:, : c.top_k]).remainder(c.total))
 
     def forward(
         self, x: Tensor, carry: Tensor | None = None, mask: Tensor | None = None
@@ -70,6 +76,6 @@ class SignHashRouter(nn.Module):
         c = self.config
         side = scores(x.detach(), self.planes) > 0  # [T, 10]
         code = (side.long() << torch.arange(BITS, device=x.device)).sum(-1)
-        experts = decided(self.table[code], c.n_experts)  # [T, K]
-        logits = x.new_zeros(x.shape[0], c.n_experts, dtype=self.planes.dtype)
+        experts = decided(self.table[code], c.total)  # [T, K]
+        logits = x.new_zeros(x.shape[0], c.total, dtype=self.planes.dtype)
         return Routing(experts, torch.full_like(logits[:, : c.top_k], 1 / c.top_k), logits, {})

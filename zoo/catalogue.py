@@ -31,6 +31,7 @@ from routers.sign_hash import SignHashRouter, SignHashRouterConfig
 from routers.spt import SPTRouter, SPTRouterConfig
 from routers.top_k import TopKRouter, TopKRouterConfig
 from routers.vmoe import VMoERouter, VMoERouterConfig
+from zoo import off
 from zoo.entry import Entry
 from zoo.mixtures import MIXTURES
 
@@ -71,6 +72,7 @@ FFNS = (
         router="pathway",
         summary="FFN experts beside zero, copy and constant experts that compute nothing",
         paper="arXiv:2410.07348", aliases=("moe++",),
+        off=off.only_ffn_experts,
         tiny={"d_model": 32, "d_expert": 32, "n_experts": 4, "top_k": 2},
         presets=PRESETS,
     ),
@@ -92,6 +94,7 @@ FFNS = (
         name="spt_ffn", module=SPTFFN, config=SPTFFNConfig, width="d_ff", router="spt",
         summary="dense FFN of which a token runs some blocks, low-rank factors as an option",
         paper="arXiv:2312.10365",
+        off=off.all_blocks,
         tiny={"d_model": 32, "d_ff": 128, "n_experts": 4, "top_k": 2},
     ),
     Entry(
@@ -99,12 +102,14 @@ FFNS = (
         router={"name": "top_k", "init": "truncated"}, own_norm=True,
         summary="one FFN as virtual experts in width and as a loop in depth, by difficulty",
         paper="arXiv:2512.14531", aliases=("versatile",),
+        off=off.one_pass,
         tiny={"d_model": 32, "d_ff": 64, "n_experts": 4, "top_k": 2, "max_loops": 3},
     ),
     Entry(
         name="spark_ffn", module=SparkFFN, config=SparkFFNConfig, width="d_ff",
         summary="part of the input chooses some neurons, by a threshold of mean and deviation",
         paper="arXiv:2506.06644", aliases=("spark",),
+        off=off.all_neurons,
         tiny={"d_model": 32, "d_ff": 96},
     ),
     Entry(
@@ -125,6 +130,7 @@ FFNS = (
         name="memory_plus", module=MemoryPlus, config=MemoryPlusConfig, width="d_key",
         summary="product-key memory whose output is gated by the input: Memory+, or plain Memory",
         paper="arXiv:2412.09764",
+        off=off.ungated,
         tiny={"d_model": 32, "n_keys": 8, "heads": 2, "top_k": 4, "d_key": 16},
         presets=memory_plus.PRESETS,
     ),
@@ -132,6 +138,7 @@ FFNS = (
         name="ultramem", module=UltraMem, config=UltraMemConfig, width="d_ff",
         summary="FFN and a memory with Tucker-decomposed keys, virtual copies, scores by core",
         paper="arXiv:2411.12364",
+        off=off.without_memory,
         tiny={"d_model": 32, "d_ff": 96, "n_keys": 4, "top_k": 4, "d_key": 8, "d_value": 16},
         presets=ultramem.PRESETS,
     ),
@@ -139,6 +146,7 @@ FFNS = (
         name="ultramem_v2", module=UltraMemV2, config=UltraMemV2Config, width="d_ff",
         summary="FFN and a memory of single neurons with Tucker-decomposed keys",
         paper="arXiv:2508.18756",
+        off=off.without_memory,
         tiny={"d_model": 32, "d_ff": 96, "n_keys": 4, "top_k": 4, "d_key": 8, "d_value": 16},
         presets=ultramem_v2.PRESETS,
     ),

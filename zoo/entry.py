@@ -1,10 +1,14 @@
 """What a row of the catalogue says."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
+
+# The layer that is left when an idea is switched off, for a control: options to change, or a whole
+# layer, with its `name`, where another row's is what is left.
+Off = Callable[[Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +27,12 @@ class Entry:
     # `name`, perhaps `preset`, and options; None: the variant routes nothing
     defaults: Mapping[str, Any] = field(default_factory=dict)  # in place of the config's own
     aliases: tuple[str, ...] = ()
-    off: Mapping[str, Any] = field(default_factory=dict)  # options that switch its idea off
+    off: Off | None = None  # what its settled config becomes with its idea switched off; see `Off`
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # named options
     tokenwise: bool = True  # a token's output does not depend on its neighbours
     own_norm: bool = False  # reads the raw residual stream and norms it itself
 
     def __post_init__(self) -> None:
-        named = [("default", key) for key in self.defaults] + [("off", key) for key in self.off]
-        for what, option in (("width", self.width), *named):
+        for what, option in (("width", self.width), *(("default", key) for key in self.defaults)):
             if option is not None and option not in self.config.__dataclass_fields__:
                 raise ValueError(f"{self.name}: {what} {option!r} is no field of its config")

@@ -132,7 +132,8 @@ def resolve(
         name: a row of the catalogue, or an alias.
         preset: a named set of options of that row; options given here win over it.
         router: another router by name, or a mapping with `name` and its options.
-        options: fields of the variant's config or of its router's; one that both have goes to both.
+        options: fields of the variant's config or of its router's; one that both have goes to both,
+            and what the layer derives from its own (n_routes) goes to a router that asks for it.
 
     Raises:
         ValueError: for an unknown name, preset or option, a missing or impossible value.
@@ -148,7 +149,7 @@ def resolve(
     config = construct(entry, {k: v for k, v in options.items() if k in known})
     if router_entry is None or not getattr(config, "routes", True):
         return _without_router(entry, config, router, {o for o in options if o not in known})
-    shared = {k: getattr(config, k) for k in router_known if k in known}
+    shared = {k: getattr(config, k) for k in router_known if hasattr(config, k)}  # n_routes too
     flat = {k: v for k, v in options.items() if k in router_known and k not in known}
     for option, value in router_options.items():
         if option not in router_known:

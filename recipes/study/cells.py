@@ -18,6 +18,7 @@ from recipes.report.records import Match
 from recipes.study.begin import Begin, in_order, read_variants, settled
 from recipes.study.schema import Size, Study, sizes_of
 from zoo.budget import solve_width
+from zoo.options import field_names
 from zoo.registry import Choice, find, resolve
 
 NEARLY = 0.05  # a variant with so little more than the baseline's parameters is as large as it
@@ -196,17 +197,20 @@ def _random_router(study: Study, cell: Cell, variant: Variant, base: Variant) ->
     choice = _choice(cell, variant)
     if choice is None or choice.router_entry is None or choice.router_entry.name == "random":
         return None
-    ffn = {**variant.ffn, "router": {"name": "random"}}
+    of_the_layer = {"name", "preset", *field_names(choice.entry.config)}  # not of its router
+    ffn = {k: v for k, v in variant.ffn.items() if k in of_the_layer}
+    ffn["router"] = {"name": "random"}
     control = Variant(label=f"{variant.label}:random-router", ffn=ffn, recipe=variant.recipe)
     return _possible(study, cell, control)
 
 
 def _off(study: Study, cell: Cell, variant: Variant, base: Variant) -> Variant | None:
-    """The variant with the options that its catalogue row says switch its idea off."""
+    """What is left of the variant where its catalogue row says how its idea is switched off."""
     choice = _choice(cell, variant)
-    if choice is None or not choice.entry.off:
+    if choice is None or choice.entry.off is None:
         return None
-    ffn = {**variant.ffn, **choice.entry.off}
+    left = dict(choice.entry.off(choice.config))
+    ffn = left if "name" in left else {**variant.ffn, **left}
     control = Variant(label=f"{variant.label}:off", ffn=ffn, recipe=variant.recipe)
     return _possible(study, cell, control)
 
