@@ -1,9 +1,13 @@
 """One planned run in a process of its own, so that its peak memory and its crash are its own."""
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,43 +39,82 @@ class Train(Protocol):
         ...
 
 
-class Processes:
-    """Trains each run in a child that ends with this process; its own session keeps Ctrl-C off.
+class Worker:
+    """A process that trains one run at a time in forks of itself; see `recipes.worker`."""
 
-    May be called from several threads.
+    def __init__(self, stdout: int | None):
+        self._here, there = socket.socketpair()
+        command = [sys.executable, "-P", "-m", "recipes.worker", str(there.fileno())]
+        with there:
+            self._process = subprocess.Popen(
+                command, env=environment(), stdin=subprocess.DEVNULL, stdout=stdout,
+                pass_fds=[there.fileno()], start_new_session=True,
+            )  # fmt: skip
+        self._lines = self._here.makefile("rw")
+
+    def train(self, directory: Path, label: str) -> int:
+        """How the run's process ended: its status, a signal as a negative number.
+
+        Raises:
+            RunFailed: when the worker itself ended.
+        """
+        try:
+            self._lines.write(json.dumps([str(directory.absolute()), label]) + "\n")
+            self._lines.flush()
+            answer = self._lines.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            raise RunFailed("its worker ended before it, as where a system is out of memory")
+        return int(answer)
+
+    def stop(self) -> None:
+        """End it and the run that it trains."""
+        with contextlib.suppress(OSError):  # it ended before
+            self._here.shutdown(socket.SHUT_RDWR)
+        self._process.wait()
+        with contextlib.suppress(OSError):  # with an order that it never read
+            self._lines.close()
+        self._here.close()
+
+
+class Processes:
+    """Trains each run in a process of its own, which ends with this one and which no Ctrl-C meets.
+
+    May be called from several threads: as many workers are kept as were ever busy at once.
     """
 
     def __init__(self, stdout: int | None = None):
         """stdout: where the runs' own lines go; None: to this process's stdout."""
         self.stdout = stdout
-        self._children: set[subprocess.Popen[bytes]] = set()
+        self._workers: list[Worker] = []
+        self._idle: list[Worker] = []
+        self.stop = weakref.finalize(self, _stop, self._workers)
 
     def __call__(self, run: PlannedRun, directory: Path) -> None:
-        command = [sys.executable, "-P", "-m", "recipes.worker"]
-        command += [str(directory), run.variant, str(os.getpid())]
+        """As `Train`."""
         errors = directory / "stderr.txt"
-        with errors.open("wb") as stderr:
-            child = subprocess.Popen(
-                command, env=environment(), stdout=self.stdout, stderr=stderr,
-                start_new_session=True,
-            )  # fmt: skip
-            self._children.add(child)
-            try:
-                status = child.wait()
-            except BaseException:
-                child.kill()
-                child.wait()
-                raise
-            finally:
-                self._children.discard(child)
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            worker = Worker(self.stdout)
+            self._workers.append(worker)
+        try:
+            status = worker.train(directory, run.variant)
+        except BaseException:
+            worker.stop()
+            self._workers.remove(worker)
+            raise
+        self._idle.append(worker)
         if status:
             lines = errors.read_text(errors="replace").strip().splitlines()
             raise RunFailed(f"{lines[-1] if lines else _ending(status)} (see {errors})")
 
-    def stop(self) -> None:
-        """Kill the children; each goes on from its last checkpoint when it is started again."""
-        for child in list(self._children):
-            child.kill()
+
+def _stop(workers: list[Worker]) -> None:
+    """Their runs go on from their last checkpoints when they are started again."""
+    for worker in list(workers):
+        worker.stop()
 
 
 def environment() -> dict[str, str]:

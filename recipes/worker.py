@@ -1,17 +1,24 @@
-"""One run of a comparison in a process of its own: `python -m recipes.worker DIR LABEL PARENT`.
+"""Trains runs, each in a fork of this process: `python -m recipes.worker SOCKET`.
 
-So that peak memory is that run's alone, and a crash is too.
+Peak memory is that run's alone and a crash is too, while what every run imports, seconds of work,
+is imported once. An order is one line of JSON, [directory, label]; the answer, one line, is how
+the run's process ended, as `subprocess` says it. The socket's other end closed ends it all.
 """
 
 import ctypes
+import gc
+import json
 import os
+import select
 import signal
+import socket
 import sys
 from pathlib import Path
 
 from recipes.environment import prepare
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+POLL_S = 0.05
 
 
 def die_with(parent: int) -> None:
@@ -23,10 +30,43 @@ def die_with(parent: int) -> None:
 
 
 def main() -> int:
-    """Train the recipe that lies in the directory; 2 and one line on stderr for a known error."""
-    directory, label, parent = sys.argv[1:]
-    die_with(int(parent))
+    """Serve orders until there are no more; in a run's own process: that run's exit status."""
     prepare()
+    import recipes.load
+    import recipes.train  # noqa: F401 - what a run imports, before the first fork
+
+    gc.freeze()  # shared with the forks, as no collection writes to it
+    with socket.socket(fileno=int(sys.argv[1])) as orders:
+        lines = orders.makefile("rw")
+        while order := lines.readline():
+            child = os.fork()
+            if not child:
+                break
+            status = _wait(child, orders)
+            if status is None:
+                return 0
+            lines.write(f"{status}\n")
+            lines.flush()
+    return _train(*json.loads(order)) if order else 0
+
+
+def _wait(child: int, orders: socket.socket) -> int | None:
+    """How the run's process ended; None where nobody waits for it any more: then it is killed."""
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if select.select([orders], [], [], POLL_S)[0]:  # no order comes meanwhile: it was closed
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
+
+
+def _train(directory: str, label: str) -> int:
+    """Train the recipe that lies in the directory; 2 and one line on stderr for a known error."""
+    die_with(os.getppid())
+    with Path(directory, "stderr.txt").open("wb") as errors:
+        os.dup2(errors.fileno(), sys.stderr.fileno())
     from recipes.load import load
     from recipes.train import train
 

@@ -131,10 +131,10 @@ def alive(directory):
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
+            errors = (process / "fd" / "2").readlink()
         except OSError:
             continue
-        if b"recipes.worker" in words and any(str(directory).encode() in word for word in words):
+        if errors.is_relative_to(directory):
             found.append(int(process.name))
     return found
 
