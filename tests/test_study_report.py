@@ -191,7 +191,7 @@ def test_the_page_of_a_hundred_runs_is_small_and_whole(tmp_path, capsys):
               f"record {record / 1e6:.2f} MB")  # fmt: skip
     assert size < 12e6  # plotly's script is 5 MB of it
     assert [path.name for path in written] == [
-        "report.html", "runs.csv", "differences.csv", "results.tex",
+        "report.html", "runs.csv", "differences.csv", "results.tex", "verdicts.md",
     ]  # fmt: skip
     html = written[0].read_text()
     ids = sections_of(html)
@@ -207,7 +207,7 @@ def test_the_page_of_a_hundred_runs_is_small_and_whole(tmp_path, capsys):
 def test_the_tables_carry_every_difference(tmp_path):
     planted = {"precisions": ("bf16", "nvfp4"), "sizes": ("s", "m_1")}
     MadeUpStudy(gains={"moe": 0.01}, **planted).write(tmp_path)
-    _, _, differences, tex = write_study_report(tmp_path, draws=DRAWS)
+    _, _, differences, tex, _ = write_study_report(tmp_path, draws=DRAWS)
     tables = [row["table"] for row in rows(differences)]
     assert {t: tables.count(t) for t in tables} == {"baseline": 2, "control": 4, "precision": 4}
     text = tex.read_text()
@@ -220,7 +220,7 @@ def test_the_tables_carry_every_difference(tmp_path):
 def test_figures_for_papers_as_pdf_and_svg(tmp_path):
     pytest.importorskip("matplotlib")
     MadeUpStudy(controls=False, precisions=("bf16", "nvfp4"), sizes=("s", "m")).write(tmp_path)
-    names = [p.name for p in write_study_report(tmp_path, tmp_path / "figures", draws=DRAWS)[4:]]
+    names = [p.name for p in write_study_report(tmp_path, tmp_path / "figures", draws=DRAWS)[5:]]
     stems = ["verdicts", "rates_s_bf16", "ladder_active_flops", "precision_s", "precision_m"]
     assert names == [f"{stem}.{ending}" for stem in stems for ending in ("pdf", "svg")]
     for name in names:
@@ -320,6 +320,7 @@ def test_the_command(tmp_path):
     assert done.output.split() == [
         "report:", str(tmp_path / "report.html"), "written:", str(tmp_path / "runs.csv"),
         "written:", str(tmp_path / "differences.csv"), "written:", str(tmp_path / "results.tex"),
+        "written:", str(tmp_path / "verdicts.md"),
     ]  # fmt: skip
 
 

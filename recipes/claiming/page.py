@@ -9,6 +9,7 @@ from recipes.claiming.judge import Judged, right
 from recipes.claiming.measures import MEASURES
 from recipes.claiming.schema import Side, Test
 from recipes.claiming.trial import Group, Outcome, mean_bpb
+from recipes.report.markdown import table
 from recipes.statistics.noise import mean_interval
 
 RULE = (
@@ -209,10 +210,3 @@ def _cost(o: Outcome) -> str:
 
 def _listed(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar in a cell is kept from ending it."""
-    lines = [list(heads), ["---"] * len(heads), *rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -70,10 +70,14 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="Also each picture as PDF and SVG, here.")
     ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Publish it there: page, tables, records, no weights.")
+    ] = None,
 ) -> None:
     """What a study's runs say so far: a page, tables as CSV and LaTeX, pictures."""
     from recipes.study.gather import study_directory
     from recipes.study.report.page import write_study_report
 
-    for path in write_study_report(study_directory(study, overrides or []), figures):
+    directory = study_directory(study, overrides or [])
+    for path in write_study_report(directory, figures, to=to):
         print(f"{'report' if path.suffix == '.html' else 'written'}: {path}")

@@ -13,12 +13,14 @@ from recipes.report.strict import read_as
 from recipes.study.machine import machine_of
 from recipes.study.records import (
     FAILURES,
+    PLAN,
     RESULTS,
     PlannedRecord,
     PlanRecord,
     Recorded,
     StudyResults,
     read_plan,
+    read_study_results,
 )
 from recipes.study.trace import traces_of
 
@@ -38,17 +40,19 @@ def study_directory(source: str, overrides: Sequence[str] = ()) -> Path:
 
 
 def gather(directory: Path) -> StudyResults:
-    """Read every finished run, and write `results.json`.
+    """Read every finished run, and write `results.json`; or read that of a published study.
 
     What is missing is measured once and kept beside it: a trace of each model at the smallest
     size (traces.json) and what this machine can do (machine.json).
 
     Args:
-        directory: of a study that was run, finished or not.
+        directory: of a study that was run, finished or not, or where one was published.
 
     Raises:
         ValueError: one line, where no study was run there or a record is malformed.
     """
+    if not (directory / PLAN).is_file() and (directory / RESULTS).is_file():
+        return read_study_results(directory)
     plan = read_plan(directory)
     found = {
         path.parent.name: read_as(Run, load_json(path), str(path))

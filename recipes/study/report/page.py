@@ -11,7 +11,7 @@ from recipes.report.study import study
 from recipes.report.text import Markup, join
 from recipes.statistics.bootstrap import DRAWS
 from recipes.study.gather import gather
-from recipes.study.records import StudyResults
+from recipes.study.records import RESULTS, StudyResults
 from recipes.study.report import export
 from recipes.study.report.costs import costs
 from recipes.study.report.derive import Derived
@@ -19,6 +19,7 @@ from recipes.study.report.failures import failures
 from recipes.study.report.headline import headline
 from recipes.study.report.judged import controls, gaps, rule
 from recipes.study.report.ladder import Ladder, ladder, training_flops, training_seconds
+from recipes.study.report.markdown import verdicts
 from recipes.study.report.rates import learning_rates
 from recipes.study.report.rule import Ruling, rulings
 from recipes.study.report.scaling import scaling
@@ -46,15 +47,17 @@ def parts_of(results: StudyResults, *, draws: int = DRAWS) -> Parts:
 
 
 def write_study_report(
-    directory: Path, figures: Path | None = None, *, draws: int = DRAWS
+    directory: Path, figures: Path | None = None, *, to: Path | None = None, draws: int = DRAWS
 ) -> list[Path]:
     """Gather a study's runs and write what they say so far.
 
-    Into its directory: results.json, report.html, runs.csv, differences.csv and results.tex.
+    Files: results.json, report.html, runs.csv, differences.csv, results.tex and verdicts.md.
 
     Args:
         directory: of a study that was run, finished or not.
         figures: where each picture goes as PDF and SVG; None: no pictures.
+        to: where to publish it, without weights and checkpoints: the files and study.yaml; a
+            report can be made again from there. None: into its directory.
         draws: of the bootstraps.
 
     Returns:
@@ -65,15 +68,19 @@ def write_study_report(
             asked for without matplotlib.
     """
     parts = parts_of(gather(directory), draws=draws)
-    written = [write_page(render(parts), directory)]
+    out = directory if to is None else to
+    written = [write_page(render(parts), out)]
     texts = {
         "runs.csv": export.runs_csv(parts.d),
         "differences.csv": export.differences_csv(parts.d),
         "results.tex": export.latex(parts.d),
+        "verdicts.md": verdicts(parts.d),
     }
+    if out != directory:
+        texts |= {name: (directory / name).read_text() for name in (RESULTS, "study.yaml")}
     for name, content in texts.items():
-        record.write_text(directory / name, content)
-        written.append(directory / name)
+        record.write_text(out / name, content)
+        written.append(out / name)
     if figures is not None:
         from recipes.study.report.static import write_study_figures
 
