@@ -240,7 +240,7 @@ def test_missing_runs_are_trained_judged_and_told(tmp_path):
     for part in (
         "perplexity 34.1 against 41.2", "> Sparse is better.", "arXiv:1701.06538, table 1",
         "Verdict here: **reproduced**", "Verdict here: **contradicted**", estimate, costs,
-        "6 of 6 runs", "- Four steps.", f"{test['p_holm']:.3g}", "| < 0 |",
+        "6 of 6 runs", "- Four steps.", f"{test['p_holm']:.3g}", "| < 0 |", "were not tuned",
     ):  # fmt: skip
         assert part in text
     again = Planted({"moe": 0.1})
@@ -271,7 +271,9 @@ def test_precisions_are_sides_and_so_are_rates_that_were_tuned(tmp_path):
     tests = [{**gap, "threshold": 1.1}, {**gap, "threshold": 1.01}]
     trial = prepare(claim_toys.small(study=study, tests=tests), tmp_path)
     train = Planted(by_precision={"nvfp4": -0.15})
-    try_claims([trial], tmp_path, workers=2, trainer=train)
+    text = try_claims([trial], tmp_path, workers=2, trainer=train).read_text()
+    assert "were tried on seed 100" in text
+    assert "At an edge of these, so perhaps not at its best: swiglu bf16 (0.002)" in text
     found = outcome(trial)
     assert [j.verdict for j in found.judged] == ["reproduced", "contradicted"]
     assert found.verdict == "contradicted"

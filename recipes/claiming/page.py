@@ -1,6 +1,6 @@
 """Claims on a page: the papers' numbers beside ours, and what may be said."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +26,8 @@ MEBI = 2**20
 
 def page(outcomes: Sequence[Outcome]) -> str:
     """claims.md."""
-    parts = ["# Claims of papers, tried at a small scale", RULE, _summary(outcomes)]
+    claims = plain(outcomes)["claims"]
+    parts = ["# Claims of papers, tried at a small scale", RULE, summary(claims)]
     parts += [_claim(o) for o in outcomes]
     return "\n\n".join(parts) + "\n"
 
@@ -66,14 +67,20 @@ def _plain(o: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _summary(outcomes: Sequence[Outcome]) -> str:
+def summary(claims: Mapping[str, Any], page: str = "") -> str:
+    """The verdicts in one table.
+
+    claims: by name, of claims.json; page: where claims.md lies, seen from the table.
+    """
     rows = []
-    for o in outcomes:
-        name, verdicts = o.trial.claim.name, [j.verdict for j in o.judged]
+    for name, claim in claims.items():
+        verdicts = [test["verdict"] for test in claim["tests"]]
         told = [f"{verdicts.count(v)}" for v in ("reproduced", "not resolved", "contradicted")]
+        runs = claim["runs"]
         rows.append([
-            f"[{name}](#{name})", o.trial.claim.paper.arxiv, f"**{o.verdict}**", " / ".join(told),
-            f"{o.finished} of {o.planned}", f"{o.flops:.2g}", f"{o.train_s:,.0f}",
+            f"[{claim['title']}]({page}#{name})", claim["paper"]["arxiv"],
+            f"**{claim['verdict']}**", " / ".join(told), f"{runs['finished']} of {runs['planned']}",
+            f"{claim['training_flops']:.2g}", f"{claim['train_s']:,.0f}",
         ])  # fmt: skip
     heads = ["claim", "arXiv", "verdict", "tests: reproduced / not resolved / contradicted"]
     return table([*heads, "runs", "training FLOPs", "training s"], rows)
@@ -102,7 +109,7 @@ def _claim(o: Outcome) -> str:
     notes = [f"- {_sides(j.test)}: {j.test.note}" for j in o.judged if j.test.note]
     if notes:
         parts.append("Why these thresholds:\n\n" + "\n".join(notes))
-    parts += [_groups(o), _cost(o)]
+    parts += [_groups(o), _rates(o), _cost(o)]
     if claim.limits:
         parts.append("What this can and cannot say:\n\n" + _listed(claim.limits))
     if o.failures:
@@ -194,6 +201,26 @@ def _bpb(g: Group) -> str:
         return f"{mean:.4f}"
     _, half = mean_interval([run.final.bpb for run in g.runs.values()])
     return f"{mean:.4f} ± {half:.4f}"
+
+
+def _rates(o: Outcome) -> str:
+    """What was done about learning rates, and where the grid was too short."""
+    tried = sorted(o.trial.plan.study.lrs)
+    if not tried:
+        return (
+            "Learning rates are the recipe's and were not tuned: a variant that wants another one "
+            "is at a disadvantage."
+        )
+    seeds = ", ".join(map(str, o.trial.plan.study.tuning.seeds))
+    edge = [
+        f"{g.variant} {g.precision} ({g.first.lr:g})" for g in o.groups
+        if g.first is not None and g.first.lr in (tried[0], tried[-1])
+    ]  # fmt: skip
+    told = f"Learning rates {', '.join(f'{lr:g}' for lr in tried)} were tried on seed {seeds}, the "
+    told += "best is each variant's."
+    if edge:
+        told += f" At an edge of these, so perhaps not at its best: {', '.join(edge)}."
+    return told
 
 
 def _cost(o: Outcome) -> str:
