@@ -4,21 +4,27 @@ A test is reproduced where its interval lies on the right side of the threshold,
 it lies on the wrong one, and not resolved where it covers it. Its p is that of the side on which
 the estimate lies; Holm's correction is over the tests of one claim (comparison.md 5.2), so that an
 interval, which is not corrected, may clear the threshold and the test still not be resolved.
+
+Two cases have no p. Where three seeds or more differ by the same number to the last digit there is
+no noise, and the number itself is held against the threshold. Where a loss diverged on one side
+alone, in three seeds or more and in most of them, it counts as infinite there; any other divergence
+leaves the test open.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, isfinite, log
+from math import exp, isfinite, log, nan
 from statistics import fmean
 from typing import Literal
 
 from recipes.claiming.measures import MEASURES
 from recipes.claiming.schema import Test
-from recipes.statistics.noise import LEVEL, Seeds
-from recipes.statistics.paired import difference
+from recipes.statistics.noise import LEVEL, ROUNDING, Seeds
+from recipes.statistics.paired import MIN_SEEDS, difference
 from recipes.statistics.verdicts import holm
 
 Verdict = Literal["reproduced", "not resolved", "contradicted", "not run"]
+COUNTED = "counted"  # how a figure without noise was judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,7 @@ class Judged:
     """One test with what the runs said; figures are in the measure's unit, of a ratio its own."""
 
     test: Test
-    of: float | None = None  # mean over the seeds
+    of: float | None = None  # mean over the seeds; None: there is none, or a run diverged
     against: float | None = None
     estimate: float | None = None  # difference, ratio, or the figure itself
     low: float | None = None  # of the 95 % interval, not corrected; None: the noise is unknown
@@ -72,32 +78,61 @@ def _judged(test: Test, of: Seeds, against: Seeds | None) -> Judged:
     if not seeds:
         return Judged(test=test, how="no finished run has that figure")
     found = Judged(
-        test=test, seeds=seeds, of=fmean(of.values()),
-        against=None if against is None else fmean(against.values()), verdict="not resolved",
+        test=test, seeds=seeds, of=_mean(of), against=None if against is None else _mean(against),
+        verdict="not resolved",
     )  # fmt: skip
-    if not all(map(isfinite, (*of.values(), *(against or {}).values()))):
-        return replace(found, how="a run diverged")
     reference = dict.fromkeys(of, 0.0) if against is None else dict(against)
+    if not all(map(isfinite, (*of.values(), *reference.values()))):
+        return _diverged(found, of, reference)
     of = dict(of)
     if test.scale == "ratio":
         if min(*of.values(), *reference.values()) <= 0:
             return replace(found, how="a ratio of figures that are not positive")
         of, reference = ({s: log(x) for s, x in side.items()} for side in (of, reference))
     if MEASURES[test.measure].exact and _same(of) and _same(reference):
-        value = _off_scale(test, next(iter(of.values())) - next(iter(reference.values())))
-        verdict: Verdict = "reproduced" if right(test, value) else "contradicted"
-        return replace(found, estimate=value, low=value, high=value, how="counted", verdict=verdict)
+        return _counted(
+            found, _off_scale(test, next(iter(of.values())) - next(iter(reference.values())))
+        )
     bound, margin = _on_scale(test, test.bound), _margin(test)
     shifted = {seed: x - bound for seed, x in of.items()}
     d = difference(shifted, reference, margin=margin)
     found = replace(found, estimate=_off_scale(test, bound + d.value), how=d.how)
     if d.half is None:
+        paired = len(of.keys() & reference.keys()) >= MIN_SEEDS
+        if paired and abs(abs(d.value) - margin) > ROUNDING:  # else it lies on the threshold
+            return _counted(found, _off_scale(test, bound + d.value))
         return found
     low, high = (_off_scale(test, bound + d.value + sign * d.half) for sign in (-1, 1))
     p = d.p
     if test.direction == "equal":
         p = d.p_equal if abs(d.value) < margin else _outside(shifted, reference, margin, d.value)
     return replace(found, low=low, high=high, p=p)
+
+
+def _counted(found: Judged, value: float) -> Judged:
+    """Of a value without noise."""
+    verdict: Verdict = "reproduced" if right(found.test, value) else "contradicted"
+    return replace(found, estimate=value, low=value, high=value, how=COUNTED, verdict=verdict)
+
+
+def _diverged(found: Judged, of: Seeds, reference: Seeds) -> Judged:
+    """Of sides that are not all finite.
+
+    Most seeds are asked for, not three of however many: so sides that diverge alike come out apart
+    in 5.6 % of cases at most, whatever the share of their runs that diverges.
+    """
+    common = of.keys() & reference.keys()
+    mine, theirs = ([s for s in side if not isfinite(side[s])] for side in (of, reference))
+    lost = len(common.intersection(mine or theirs))
+    one_side = not (mine and theirs) and lost >= max(MIN_SEEDS, len(common) // 2 + 1)
+    if not (MEASURES[found.test.measure].loss and one_side):
+        return replace(found, how="a run diverged")
+    who, other = ("it", "the other side") if mine else ("the other side", "it")
+    how = f"{who} diverged in {lost} of {len(common)} seeds"
+    if found.test.against is not None:
+        how += f", {other} in none"
+    holds = found.test.direction == ("higher" if mine else "lower")
+    return replace(found, how=how, verdict="reproduced" if holds else "contradicted")
 
 
 def _outside(of: Seeds, reference: Seeds, margin: float, value: float) -> float | None:
@@ -114,6 +149,11 @@ def _ruled(found: Judged) -> Judged:
     return replace(
         found, verdict="reproduced" if right(found.test, found.estimate) else "contradicted"
     )
+
+
+def _mean(side: Seeds) -> float | None:
+    mean = fmean(side.values()) if side else nan
+    return mean if isfinite(mean) else None
 
 
 def _same(side: Mapping[int, float]) -> bool:

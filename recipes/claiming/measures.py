@@ -1,6 +1,7 @@
 """What a test may read off a finished run."""
 
 from collections.abc import Callable, Iterable
+from math import isfinite, nan
 from statistics import fmean
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ class Measure(NamedTuple):
     read: Read  # of the run, of it or its submodel, tokens at once; None: no such figure there
     form: str  # how a value is written
     exact: bool = False  # counted, not measured: without noise
+    loss: bool = False  # a run that diverged has infinitely much of it
+    untrained: bool = False  # known before the first step: a run that diverges has it too
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -55,10 +58,12 @@ def _loads(name: str) -> Read:
 
 
 MEASURES: dict[str, Measure] = {
-    "bpb": Measure("bits per byte", _bpb, ".4f"),
-    "nats": Measure("nats per token", lambda run, part, n: run.final.nats_per_token, ".4f"),
+    "bpb": Measure("bits per byte", _bpb, ".4f", loss=True),
+    "nats": Measure(
+        "nats per token", lambda run, part, n: run.final.nats_per_token, ".4f", loss=True
+    ),
     "accuracy": Measure("share of right answers", _accuracy, ".3f"),
-    "start_bpb": Measure("bits per byte before the first step", _start, ".4f"),
+    "start_bpb": Measure("bits per byte before the first step", _start, ".4f", untrained=True),
     "tokens_per_s": Measure(
         "tokens/s in training", lambda run, part, n: run.speed.tokens_per_s, ",.0f"
     ),
@@ -70,15 +75,22 @@ MEASURES: dict[str, Measure] = {
         exact=True,
     ),
     "flops_per_token": Measure(
-        "FLOPs per token, forward", _cost("flops_per_token"), ",.0f", exact=True
+        "FLOPs per token, forward",
+        _cost("flops_per_token"),
+        ",.0f",
+        exact=True,
+        untrained=True,
     ),
-    "params": Measure("parameters", _cost("params"), ",.0f", exact=True),
-    "active_params": Measure("active parameters", _cost("active_params"), ",.0f", exact=True),
+    "params": Measure("parameters", _cost("params"), ",.0f", exact=True, untrained=True),
+    "active_params": Measure(
+        "active parameters", _cost("active_params"), ",.0f", exact=True, untrained=True
+    ),
     "weight_bytes_per_token": Measure(
         "weight bytes read per token",
         lambda run, part, n: run.cost.weight_bytes_per_token.get(str(n)),
         ",.0f",
         exact=True,
+        untrained=True,
     ),
     "max_violation": Measure(
         "largest load over the mean, less 1, mean over layers", _loads("max_violation"), ".3f"
@@ -106,12 +118,17 @@ MEASURES: dict[str, Measure] = {
 def value_of(run: Run, measure: str, width: int | None, tokens: int) -> float | None:
     """The figure; None where the run has none.
 
+    A run that ended in no finite loss has NaN of all that training makes, where it recorded nothing
+    too: left out, its seed would count for nothing, and the variant by the seeds that went well.
+
     Args:
-        run: finished; one that diverged gives NaN of its loss.
+        run: finished.
         measure: a row of MEASURES.
         width: of the submodel to read, which has it in all its nested layers; None: the run itself.
         tokens: processed together.
     """
+    if not (MEASURES[measure].untrained or isfinite(run.final.bpb)):
+        return nan
     part: Run | Submodel | None = run
     if width is not None:
         widths = {width, None}
