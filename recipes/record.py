@@ -16,6 +16,7 @@ again after being killed, never sees half of one.
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -56,8 +57,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of this source tree, "-dirty" where files differ; None outside a checkout."""
+    """The commit of this source tree, "-dirty" where files differ; None outside a checkout.
+
+    As it was when this process, or the one that it is a fork of, first asked.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,8 +1,9 @@
 """Trains runs, each in a fork of this process: `python -m recipes.worker SOCKET`.
 
 Peak memory is that run's alone and a crash is too, while what every run imports, seconds of work,
-is imported once. An order is one line of JSON, [directory, label]; the answer, one line, is how
-the run's process ended, as `subprocess` says it. The socket's other end closed ends it all.
+is imported once; then a line says that it is ready. An order is one line of JSON, [directory,
+label]; the answer, one line, is how the run's process ended, as `subprocess` says it. The socket's
+other end closed ends it all.
 """
 
 import ctypes
@@ -34,10 +35,14 @@ def main() -> int:
     prepare()
     import recipes.load
     import recipes.train  # noqa: F401 - what a run imports, before the first fork
+    from recipes import record
 
+    record.commit()  # of what was imported: every run says this one, whatever is committed later
     gc.freeze()  # shared with the forks, as no collection writes to it
     with socket.socket(fileno=int(sys.argv[1])) as orders:
         lines = orders.makefile("rw")
+        lines.write("ready\n")
+        lines.flush()
         while order := lines.readline():
             child = os.fork()
             if not child:

@@ -148,7 +148,11 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     found = small(tmp_path, controls=[])
     train = MadeUp(fail=["moe-bf16-lr0.001", "moe-bf16-lr0.002-s2"], diverge=["moe-bf16-lr0.004"])
     progress = run_study(found, workers=2, train=train)
-    reason = {"moe-bf16-lr0.001-s100": "out of memory", "moe-bf16-lr0.002-s2": "out of memory"}
+    reason = {
+        "moe-bf16-lr0.001-s100": "out of memory", "moe-bf16-lr0.002-s2": "out of memory",
+        # a rate that diverged was tried
+        "base-moe-bf16": "chosen from 2 of 3 learning rates: runs at 0.001 failed",
+    }  # fmt: skip
     assert progress.failures == reason
     assert record.load_json(tmp_path / "failures.json") == reason
     rates, _ = rates_of(found)
@@ -185,6 +189,17 @@ def test_seeds_are_added_until_the_wanted_difference_can_be_told(
         assert progress.stage == "further seeds"
         assert len(seeds) >= fewest
         assert len(seeds) <= 12
+
+
+@pytest.mark.parametrize(
+    ("noise", "resolution", "stage"),
+    [(0.0, 0.01, "reporting"), (0.02, 1e-9, "further seeds")],
+)
+def test_no_noise_needs_no_seeds_and_too_much_needs_the_most(tmp_path, noise, resolution, stage):
+    keys = {"controls": [], "lrs": [], "variants": ["swiglu"], "most_seeds": 4}
+    found = small(tmp_path, resolution=resolution, **keys)
+    progress = run_study(found, workers=1, train=MadeUp(noise=noise))
+    assert progress.stage == stage
 
 
 def test_killed_and_started_again_a_study_ends_with_every_run(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from recipe_toys import timeless, tiny_recipe
 
 from recipes import load, record
-from recipes.planned import PlannedRun, Processes, RunFailed
+from recipes.planned import ROOT, PlannedRun, Processes, RunFailed
 from recipes.train import train
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -68,11 +68,42 @@ def test_a_run_that_is_killed_is_told_and_its_worker_goes_on(tmp_path, processes
         wait_until((there / "metrics.csv").is_file)
         (worker,) = processes._workers
         (child,) = children(worker._process.pid)
+        (there / "stderr.txt").write_text("a warning of old\n")
         os.kill(child, signal.SIGKILL)
-        with pytest.raises(RunFailed, match="it was killed, as a system does"):
+        with pytest.raises(RunFailed, match=r"it was killed, .*; its last line: a warning of old"):
             future.result()
     processes(*planned(tmp_path, "next"))
     assert processes._workers == [worker]
+
+
+def test_a_run_that_left_no_word_is_told_by_its_status(tmp_path, processes):
+    run, there = planned(tmp_path, "run")
+    with pytest.raises(RunFailed, match=r"^it ended with status 1$"):
+        processes(run, there / "nowhere")
+    assert len(processes._workers) == 1
+
+
+def test_an_idle_worker_that_ended_is_replaced(tmp_path, processes):
+    processes.start()
+    (worker,) = processes._workers
+    os.kill(worker._process.pid, signal.SIGKILL)
+    worker._process.wait()
+    processes(*planned(tmp_path, "run"))
+    assert worker not in processes._workers
+    assert len(processes._workers) == 1
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout, so no commit")
+def test_runs_say_the_commit_that_their_worker_imported(tmp_path, processes, monkeypatch):
+    git = tmp_path / "bin" / "git"
+    record.write_text(git, f"#!/bin/sh\ncat {tmp_path}/head\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{git.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "head").write_text("first")
+    processes.start()
+    (tmp_path / "head").write_text("second")
+    processes(*planned(tmp_path, "run"))
+    assert record.load_json(tmp_path / "run" / "result.json")["commit"] == "first"
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])

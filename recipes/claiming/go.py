@@ -1,9 +1,12 @@
 """Claims tried one after the other; the page is written anew after each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from recipes import load, record
+from recipes.claiming.judge import judge, overall
 from recipes.claiming.page import page, plain
 from recipes.claiming.schema import names
 from recipes.claiming.trial import Outcome, Trial, outcome, prepare
@@ -53,6 +56,9 @@ def try_claims(
 ) -> Path:
     """Train what is missing, judge, and write claims.md and claims.json.
 
+    A claim whose study cannot be gone through (its folder is in use, or holds runs of another
+    recipe) is recorded with the reason, and the others go on.
+
     Args:
         trials: from `prepare`.
         out: of the page.
@@ -64,21 +70,39 @@ def try_claims(
     Returns:
         The page.
     """
-    outcomes = {trial.claim.name: outcome(trial) for trial in trials}
+    outcomes = {trial.claim.name: _outcome(trial) for trial in trials}
     written = write(list(outcomes.values()), out)
     for trial in trials if train else ():
-        name = trial.claim.name
+        name, refused = trial.claim.name, dict[str, str]()
         print(f"claim {name}", flush=True)
-        with show.live() as shown:
-            progress = run_study(
-                trial.plan, workers=workers, train=trainer, begin=begin, show=shown
-            )
-        for run_id, reason in progress.failures.items():
+        try:
+            with show.live() as shown:
+                failures = run_study(
+                    trial.plan, workers=workers, train=trainer, begin=begin, show=shown
+                ).failures
+        except ValueError as error:
+            failures = refused = {name: str(error)}
+        for run_id, reason in failures.items():
             print(f"failed: {run_id}: {reason}")
-        outcomes[name] = outcome(trial)
+        outcomes[name] = _outcome(trial, refused)
         print(f"claim {name}: {outcomes[name].verdict}", flush=True)
         written = write(list(outcomes.values()), out)
     return written
+
+
+def _outcome(trial: Trial, refused: Mapping[str, str] = MappingProxyType({})) -> Outcome:
+    """What a claim has come to, or why that cannot be read; refused: why it was not run."""
+    try:
+        found = outcome(trial)
+    except ValueError as error:
+        judged = judge([(t, {}, None if t.against is None else {}) for t in trial.tests])
+        plan = trial.plan
+        found = Outcome(
+            trial=trial, groups=(), judged=tuple(judged), verdict=overall(judged), finished=0,
+            planned=len(plan.tuning) + len(plan.reporting()), flops=0.0, train_s=0.0,
+            failures={trial.claim.name: str(error)},
+        )  # fmt: skip
+    return replace(found, failures={**found.failures, **refused})
 
 
 def write(outcomes: Sequence[Outcome], out: Path) -> Path:

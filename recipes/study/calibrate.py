@@ -1,7 +1,7 @@
 """What a study will take: FLOPs counted, seconds and memory measured on a few steps of each model.
 
 One short run of each (size, variant, precision), in a process of its own and trained as the study
-trains: its median step, its peak memory, and what a process takes before it trains.
+trains: its median step, its peak memory, and what a process takes beside its steps.
 """
 
 import json
@@ -58,16 +58,20 @@ def calibrate(
     A model whose short run fails is left out, and `told` why.
     """
     found = read_calibration(plan)
-    for run in {key_of(run): run for run in runs}.values():
-        if (key := key_of(run)) in found:
-            continue
-        try:
-            found[key] = _measure(run)
-        except RunFailed as failure:
-            told(f"{run.variant}: {failure}")
-            continue
-        told(f"{run.id}: {found[key].tokens_per_s:,.0f} tokens/s")
-        record.write_json(plan.out / FILE, {k: asdict(m) for k, m in found.items()})
+    processes = Processes(subprocess.DEVNULL)
+    try:
+        for key, run in {key_of(run): run for run in runs}.items():
+            if key in found:
+                continue
+            try:
+                found[key] = _measure(run, processes)
+            except RunFailed as failure:
+                told(f"{run.variant}: {failure}")
+                continue
+            told(f"{run.id}: {found[key].tokens_per_s:,.0f} tokens/s")
+            record.write_json(plan.out / FILE, {k: asdict(m) for k, m in found.items()})
+    finally:
+        processes.stop()
     return found
 
 
@@ -86,7 +90,7 @@ def drawn(recipe: Recipe) -> Recipe:
     return replace(recipe, init_from=None, prior_teacher=None)
 
 
-def _measure(run: StudyRun) -> Measured:
+def _measure(run: StudyRun, processes: Processes) -> Measured:
     recipe = drawn(run.recipe)
     trainer = replace(
         recipe.trainer, max_steps=STEPS, eval_every_steps=STEPS, checkpoint_every_steps=STEPS,
@@ -97,9 +101,10 @@ def _measure(run: StudyRun) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         record.write_text(out / "recipe.yaml", load.to_yaml(short))
-        started = time.monotonic()
         planned = PlannedRun(id=run.id, variant=run.variant, recipe=short)
-        Processes(subprocess.DEVNULL)(planned, out)
+        processes.start()  # a worker imports once, for all runs of a study
+        started = time.monotonic()
+        processes(planned, out)
         seconds = time.monotonic() - started
         result = record.read_result(out)
     if result is None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from recipes import record
+from recipes.planned import placeless
 from recipes.report.figures import thinned
 from recipes.report.records import SCHEMA, Run, load_json
 from recipes.report.strict import read_as
@@ -58,8 +59,7 @@ def gather(directory: Path) -> StudyResults:
         path.parent.name: read_as(Run, load_json(path), str(path))
         for path in sorted((directory / "runs").glob("*/result.json"))
     }
-    planned = {run.id for run in plan.runs}
-    runs = {p.id: found[p.id] for p in plan.runs if p.id in found}
+    runs = {p.id: found[p.id] for p in plan.runs if p.id in found and _as_planned(p, found[p.id])}
     path = directory / FAILURES
     failures = read_as(dict[str, str], load_json(path), str(path)) if path.is_file() else {}
     whole = largest_complete(plan, {*runs, *failures})
@@ -75,7 +75,7 @@ def gather(directory: Path) -> StudyResults:
             for run_id, run in runs.items()
         ),
         failures={k: why for k, why in failures.items() if k not in runs},
-        strays=tuple(run_id for run_id in found if run_id not in planned),
+        strays=tuple(run_id for run_id in found if run_id not in runs),
         traces=traces_of(directory, _one_of_each_model(plan, runs)),
         machine=machine_of(directory, _threads(found.values())),
         whole=whole,
@@ -110,6 +110,12 @@ def lighter(run: Run) -> Run:
         run, curve=tuple(thinned(run.curve, POINTS)), load=(), health=(), memory=(), density=(),
         loops=(), widths=(), sample=None, probes=(),
     )  # fmt: skip
+
+
+def _as_planned(planned: PlannedRecord, run: Run) -> bool:
+    """Whether it is a run of the recipe that the plan says, where it says one."""
+    said = planned.recipe_sha256
+    return said is None or record.fingerprint(placeless(run.recipe, planned.inside)) == said
 
 
 def _threads(runs: Iterable[Run]) -> int | None:

@@ -122,9 +122,10 @@ class StudyPlan:
             seed=source.recipe.seed + OTHER_BATCHES,
             init_from=str(at if begin.to is None else self.out / "begun" / run.id),
         )
+        inside = BEGUN[:1]
         if recipe.loss_weights.get("prior") and recipe.prior_teacher is None:
-            recipe = replace(recipe, prior_teacher=str(at))
-        return replace(run, recipe=recipe, begin=begin, source=source.id)
+            recipe, inside = replace(recipe, prior_teacher=str(at)), BEGUN
+        return replace(run, recipe=recipe, begin=begin, source=source.id, inside=inside)
 
 
 def plan(study: Study, overrides: Mapping[str, Any] | None = None) -> StudyPlan:

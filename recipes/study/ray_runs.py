@@ -16,7 +16,7 @@ class RayTasks:
 
     The machines need this package installed; they need not share a file system: a task trains in
     a folder of its own and hands back what lies there. So a run that is cut off begins anew, where
-    one on this machine alone goes on from its checkpoint.
+    one on this machine alone goes on from its checkpoint, and none begins from another's weights.
 
     May be called from several threads.
     """

@@ -62,6 +62,8 @@ class PlannedRecord:
     lr: float
     holds: tuple[str, ...]
     model: str  # a key of `models`
+    recipe_sha256: str | None = None  # of `recipes.planned.placeless`; None: not said
+    inside: tuple[str, ...] = ()  # as of a `PlannedRun`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from layers.base import Cost
-from recipes import record
+from recipes import load, record
 from recipes.costing import whole_model_cost
 from recipes.names import precision_label
+from recipes.planned import placeless
 from recipes.report.records import SCHEMA, Choice
 from recipes.schema import Recipe, TableConfig
 from recipes.study.plan import StudyPlan, StudyRun
@@ -45,7 +46,10 @@ def plan_record(plan: StudyPlan, runs: Iterable[StudyRun]) -> PlanRecord:
             PlannedRecord(
                 id=run.id, stage=run.stage, size=run.size, variant=run.variant,
                 precision=run.precision, seed=run.seed, lr=run.recipe.optim.lr, holds=run.holds,
-                model=key,
+                model=key, inside=run.inside,
+                recipe_sha256=record.fingerprint(
+                    placeless(load.to_plain(run.recipe), run.inside)
+                ),
             )
         )  # fmt: skip
     cells = tuple(
