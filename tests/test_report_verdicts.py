@@ -9,7 +9,8 @@ import pytest
 import report_data
 from scipy import stats
 
-from recipes.report.noise import compare
+from recipes.report.headline import headline
+from recipes.report.noise import compare, compare_in_pairs
 from recipes.report.records import read_results
 from recipes.report.study import study
 from recipes.statistics.verdicts import correct, holm
@@ -100,6 +101,56 @@ def test_without_a_measured_noise_nothing_is_resolved(baseline, why):
     for d in judged({0: 1.0}, {0: 1.0, 1: 1.1}, baseline=baseline):
         assert (d.word, d.half, d.p) == ("not resolved", None, None)
         assert why in d.how
+
+
+def test_a_diverged_baseline_voids_no_difference_between_others():
+    """Three seeds each of a variant in two formats are judged by themselves."""
+    reference = {seed: x + 0.01 for seed, x in BASELINE.items()}
+    group = {seed: x + 0.02 + 0.001 * seed for seed, x in BASELINE.items()}
+    for baseline in ({**BASELINE, 2: nan}, {0: 2.46}, dict.fromkeys(BASELINE, 2.46)):
+        (d,) = correct([compare(group, reference, baseline)])
+        assert (d.word, d.how) == ("worse", "paired over 4 seeds")
+
+
+@pytest.mark.parametrize(
+    ("group", "common"),
+    [
+        ({0: 2.30}, "1 seed in common"),
+        ({0: 2.30, 1: 2.29}, "2 seeds in common"),
+        ({7: 2.30, 8: 2.29, 9: 2.31, 10: 2.30}, "no seeds in common"),
+        ({1: 2.30, 2: 2.31, 8: 2.29, 9: 2.31}, "2 seeds in common"),
+    ],
+)
+def test_in_a_study_fewer_than_three_seeds_in_common_claim_nothing(group, common):
+    (loose,) = correct([compare(group, BASELINE, BASELINE)])
+    (d, whole) = correct(
+        [
+            compare_in_pairs(group, BASELINE, BASELINE),
+            compare_in_pairs({s: x - 0.02 + 1e-4 * s for s, x in BASELINE.items()}, BASELINE, {}),
+        ]
+    )
+    assert loose.word == "better"
+    assert (d.word, d.p_holm, d.equivalent) == ("not resolved", None, False)
+    assert d.how.endswith(f"{common}, and no claim below 3")
+    assert d.half == loose.half
+    assert (whole.word, whole.p_holm) == ("better", whole.p)  # not corrected for the other
+
+
+def test_what_rests_on_the_noise_of_other_runs_is_marked(results):
+    own = {seed: x - 0.02 + 1e-4 * seed for seed, x in BASELINE.items()}
+    marked = [d.marked for d in judged({0: 2.30}, {0: 2.60, 1: 2.61}, {0: 2.4600}, own)]
+    assert marked == ["better, by noise", "worse, by noise", "not resolved", "better"]
+    s = study(read_results(results))
+    few = [g for g in s.groups if g is not s.baseline and len(g.runs) < 3]
+    assert any(s.verdicts[g.key].resolved for g in few)
+    html = headline(s)
+    for word in ("better", "worse"):
+        told = [d for d in s.verdicts.values() if d.word == word]
+        assert html.count(f">{word}, by noise<") == sum(d.borrowed for d in told)
+    assert "is taken to vary as the baseline does" in html
+    never = study(read_results(results), compared=compare_in_pairs)
+    assert not any(d.resolved for k, d in never.verdicts.items() if s.verdicts[k].borrowed)
+    assert "by noise<" not in headline(never)
 
 
 def test_holm():

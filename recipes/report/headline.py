@@ -9,6 +9,7 @@ from recipes.report import text
 from recipes.report.method import BUDGETS, budget_table, method
 from recipes.report.study import Group, Study
 from recipes.report.text import Markup, chip, el, folded, join, swatch
+from recipes.statistics.paired import MIN_SEEDS
 from recipes.statistics.verdicts import Difference, Word
 
 
@@ -51,6 +52,8 @@ def _reason(d: Difference) -> str:
         return "not resolved, after Holm's correction over this table"
     if d.word == "equivalent" and d.margin is not None:
         return f"equivalent, the difference is below {d.margin:.4f} beyond the noise"
+    if d.borrowed and d.resolved:
+        return f"{d.word}, by the {d.how}: too few seeds of its own to be sure"
     return d.word
 
 
@@ -137,6 +140,11 @@ def _summary(study: Study) -> Markup | None:
         parts = [f"{words[w]} {w}" for w in get_args(Word) if words[w]]
         told = f"Against {study.baseline.words}: {', '.join(parts)}. "
         reason = "A difference inside the measured noise is not resolved, whichever way it points."
+        if any(d.borrowed and d.resolved for d in study.verdicts.values()):
+            reason += (
+                f" What is called so \u201cby noise\u201d has fewer than {MIN_SEEDS} seeds of its "
+                "own, and is taken to vary as the baseline does: a hint, to be run on more seeds."
+            )
     return el("p", loose or None, el("strong", told), reason, _rates(study), class_="lead")
 
 
@@ -181,7 +189,7 @@ def _forest_row(study: Study, group: Group, reach: float) -> Markup:
         "div",
         el("div", who, said, class_="say"),
         el("div", picture, class_="pic"),
-        el("div", el("span", number, class_="num"), chip(d.word), class_="mark"),
+        el("div", el("span", number, class_="num"), chip(d.word, d.marked), class_="mark"),
         class_="forest-row",
     )
 

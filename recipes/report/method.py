@@ -66,7 +66,8 @@ def method(study: Study) -> Markup:
         "(m − 1) s²(variant)] / (n + m − 2), with n + m − 2 degrees of freedom.",
         "Where both have k ≥ 3 seeds in common, d is taken seed by seed: "
         "mean(dᵢ) ± t(0.975, k − 1) · std(dᵢ) / √k; with three or more other seeds each, by "
-        "Welch's test. A single run is better or worse from 3 s on only.",
+        "Welch's test. Fewer seeds are better or worse “by noise” only, a single run from 3 s on; "
+        "in a study fewer than three in common are never called either.",
         "p is two-sided, from the same t. Holm's correction over the h differences of a table "
         "sorts them, p₁ ≤ … ≤ pₕ, and raises pᵢ to the largest (h − j + 1) · pⱼ with j ≤ i, "
         "1 at most. Corrected p ≤ 0.05 is better or worse, anything else not resolved. "

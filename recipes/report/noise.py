@@ -1,9 +1,11 @@
 """Is a difference in bits per byte larger than the noise between seeds? (comparison.md 5.2)
 
 A sample maps a seed to the bits per byte of the run with that seed. Groups with three seeds or more
-are judged by these; smaller ones by the noise that the seeds of the baseline measure.
+are judged by these; smaller ones by the noise that the seeds of the baseline measure, which a
+comparison may call better or worse, marked as such, and a study never.
 """
 
+from dataclasses import replace
 from math import isfinite
 from statistics import fmean
 
@@ -21,16 +23,29 @@ def compare(group: Seeds, reference: Seeds, baseline: Seeds) -> Difference:
     value = fmean(group.values()) - fmean(reference.values())
     if not isfinite(value):
         return Difference(value=value, how="a run diverged")
+    if min(len(group), len(reference)) >= MIN_SEEDS:
+        return difference(group, reference)
     noise = spread_of(baseline)
     if noise is None:
         return Difference(value=value, how=_no_noise(baseline))
-    if min(len(group), len(reference)) >= MIN_SEEDS:
-        return difference(group, reference)
     groups = (baseline, reference, group)
     distinct = [g for i, g in enumerate(groups) if g not in groups[:i]]
     spread = spread_of(*distinct) or noise
     how = "pooled noise" if spread.df > noise.df else "noise of the baseline"
     return by_noise(group, reference, spread, how)
+
+
+def compare_in_pairs(group: Seeds, reference: Seeds, baseline: Seeds) -> Difference:
+    """As `compare`, for a study, where fewer than three seeds in common claim nothing.
+
+    Their interval is kept, for the eye; there is no p, so that no table is corrected for them.
+    """
+    found, common = compare(group, reference, baseline), len(group.keys() & reference.keys())
+    if common >= MIN_SEEDS or found.half is None:
+        return found
+    seeds = f"{common or 'no'} seed{'s' * (common != 1)}"
+    how = f"{found.how}; {seeds} in common, and no claim below {MIN_SEEDS}"
+    return replace(found, how=how, p=None, p_equal=None, too_few=True)
 
 
 def _no_noise(baseline: Seeds) -> str:

@@ -1,6 +1,6 @@
 """Results with everything that is derived from them once: groups, noise, verdicts, looks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, inf, isfinite, log10
@@ -12,6 +12,7 @@ from recipes.report.records import Results, Run
 from recipes.statistics.noise import Seeds, Spread, spread_of
 from recipes.statistics.verdicts import Difference, correct
 
+Compare = Callable[[Seeds, Seeds, Seeds], Difference]  # of a group, a reference, the baseline
 BYTES_AT = ("1", "16", "256", "4096")  # tokens processed together
 
 
@@ -130,8 +131,13 @@ class Study:
         return [g for g in self.groups if g.first.load]
 
 
-def study(results: Results) -> Study:
-    """Group, judge and colour the runs."""
+def study(results: Results, *, compared: Compare = compare) -> Study:
+    """Group, judge and colour the runs.
+
+    Args:
+        results: of a comparison.
+        compared: how a group is judged against a reference by the noise of the baseline.
+    """
     c, base = results.comparison, results.baseline
     variants = _ordered(c.variants if c else (), (r.variant for r in results.runs))
     precisions = _ordered((base.precision,), (r.precision for r in results.runs))
@@ -139,11 +145,11 @@ def study(results: Results) -> Study:
     by_key = {g.key: g for g in groups}
     baseline = by_key[base.variant, base.precision]
     others = [g for g in groups if g is not baseline]
-    judged = correct([compare(g.seeds, baseline.seeds, baseline.seeds) for g in others])
+    judged = correct([compared(g.seeds, baseline.seeds, baseline.seeds) for g in others])
     reference = "bf16" if "bf16" in precisions else base.precision
     lower = [g for g in groups if g.precision != reference and (g.variant, reference) in by_key]
     gaps = correct(
-        [compare(g.seeds, by_key[g.variant, reference].seeds, baseline.seeds) for g in lower]
+        [compared(g.seeds, by_key[g.variant, reference].seeds, baseline.seeds) for g in lower]
     )
     return Study(
         results=results,

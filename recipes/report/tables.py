@@ -94,8 +94,8 @@ def _row(study: Study, g: Group, at: list[str], asks: bool) -> Markup:
     cost, seeds = g.first.cost, len(g.runs)
     flops = cost.flops_per_token
     half = study.half(g)
-    word = "baseline" if g is study.baseline else study.verdicts[g.key].word
-    note = "" if word == "baseline" else study.verdicts[g.key].how
+    d = None if g is study.baseline else study.verdicts[g.key]
+    word, said, note = (d.word, d.marked, d.how) if d else ("baseline", None, None)
     noise = el("span", f" ± {half:.{study.digits}f}", class_="quiet") if half else None
     bytes_at = [(n, cost.weight_bytes_per_token.get(n)) for n in at]
     memory = g.peak_memory_bytes
@@ -105,7 +105,7 @@ def _row(study: Study, g: Group, at: list[str], asks: bool) -> Markup:
         el("td", text.bpb(g.bpb, study.digits), noise, class_=NUMBER,
            data_value=repr(g.bpb) if isfinite(g.bpb) else ""),
         *([num_cell(g.accuracy, text.percent(g.accuracy or 0.0))] if asks else []),
-        el("td", chip(word), data_value=word, title=note or None),
+        el("td", chip(word, said), data_value=word, title=note),
         num_cell(cost.params, text.si(cost.params), text.exact(cost.params)),
         num_cell(cost.active_params, text.si(cost.active_params), text.exact(cost.active_params)),
         num_cell(flops, text.si(flops), text.exact(flops)),

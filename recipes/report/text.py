@@ -57,9 +57,9 @@ def swatch(colour: str) -> Markup:
     return el("i", class_="swatch", style=f"--c:{colour}")
 
 
-def chip(word: str) -> Markup:
-    """A verdict."""
-    return el("span", word, class_=f"chip {word.replace(' ', '-')}")
+def chip(word: str, said: str | None = None) -> Markup:
+    """A verdict; said: in these words, which stand in its colour."""
+    return el("span", said or word, class_=f"chip {word.replace(' ', '-')}")
 
 
 def folded(shown: Sequence[Markup], rest: Sequence[Markup], what: str, class_: str) -> Markup:

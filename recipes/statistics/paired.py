@@ -112,7 +112,7 @@ def by_noise(
     if not isfinite(value):
         return Difference(value=value, how="a run diverged")
     error = noise.std * sqrt(1 / len(group) + 1 / len(reference))
-    found = replace(judged(value, error, noise.df, how, margin), sigma=noise.std)
+    found = replace(judged(value, error, noise.df, how, margin), sigma=noise.std, borrowed=True)
     if len(group) == 1 and abs(value) < SINGLE_RUN * noise.std:
         how = f"{how}; a single run below {SINGLE_RUN:g} sigma"
         return replace(found, how=how, too_few=True)

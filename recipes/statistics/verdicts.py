@@ -31,6 +31,7 @@ class Difference:
     p_equal: float | None = None  # of two one-sided tests against the margin
     p_equal_holm: float | None = None
     too_few: bool = False  # runs, to call it better or worse whatever p is
+    borrowed: bool = False  # the noise is that of other runs, too few of its own measure it
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -58,6 +59,11 @@ class Difference:
         if self.resolved:
             return "better" if self.value < 0 else "worse"
         return "equivalent" if self.equivalent else "not resolved"
+
+    @property
+    def marked(self) -> str:
+        """The verdict, and that it rests on the noise of other runs where it does."""
+        return f"{self.word}, by noise" if self.borrowed and self.resolved else self.word
 
 
 def judged(value: float, error: float, df: float, how: str, margin: float | None) -> Difference:

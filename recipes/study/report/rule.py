@@ -64,7 +64,7 @@ def _quality(d: Derived, variant: str) -> Condition:
         return Condition("a", asks, None, "no finished runs of both")
     half = f" ± {found.half:.{d.digits}f}" if found.half else ""
     told = f"{text.signed(found.value, d.digits)}{half} bits per byte: {found.word} ({found.how})"
-    holds = None if found.half is None else found.word == "better"
+    holds = None if found.p_holm is None else found.word == "better"
     return Condition("a", asks, holds, told)
 
 
@@ -75,6 +75,8 @@ def _leverage(variant: str, flops: Ladder) -> Condition:
         why = flops.why or flops.refused.get(variant, "too few budgets of this variant for a fit")
         return Condition("b", asks, None, why)
     told = leverage_words(flops, variant)
+    if found.unsure is not None:
+        return Condition("b", asks, None, f"{told}: so not even whether it is above 1 is known")
     if found.extrapolated:
         told += "; of which only that it is above 1 is claimed" if found.interval.low > 1 else ""
     return Condition("b", asks, found.interval.low > 1, told)
@@ -87,8 +89,8 @@ def leverage_words(ladder: Ladder, variant: str) -> str:
     if found.beyond > 1:
         word = "extrapolated" if found.extrapolated else "read"
         parts.append(f"{word} {found.beyond:.3g}× outside the baseline's budgets")
-    if not found.settled:
-        parts.append("the fit's starts disagree")
+    if found.unsure is not None:
+        parts.append(found.unsure)
     return ", ".join(parts)
 
 
