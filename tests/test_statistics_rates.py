@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 from recipes.statistics.parabola import vertex
-from recipes.statistics.rates import (
-    check_equal_trials,
-    check_fresh_seeds,
-    check_same_grid,
-    optimum,
-    sensitivity,
-)
+from recipes.statistics.rates import optimum, sensitivity, shared_rates
 
 
 def sweep(best, *, low=3.0, bend=0.02, lrs=(1e-3, 2e-3, 4e-3, 8e-3, 16e-3)):
@@ -93,16 +87,12 @@ def test_sensitivity_is_the_mean_loss_above_the_best():
     assert sensitivity(sweep(4e-3, bend=0.05), 9.0) > sensitivity(sweep(4e-3), 9.0)
 
 
-def test_unequal_conditions_are_refused():
-    check_equal_trials({"baseline": 5, "moe": 5})
-    with pytest.raises(ValueError, match="equally many for every variant, got baseline 5, moe 6"):
-        check_equal_trials({"baseline": 5, "moe": 6})
-    check_same_grid({"a": sweep(4e-3), "b": sweep(1e-3)})
-    with pytest.raises(ValueError, match="same learning rates"):
-        check_same_grid({"a": sweep(4e-3), "b": sweep(4e-3, lrs=(1e-3, 2e-3, 4e-3))})
-    check_fresh_seeds([0], [1, 2, 3])
-    with pytest.raises(ValueError, match=r"seeds \[1\] chose"):
-        check_fresh_seeds([0, 1], [1, 2, 3])
+def test_shared_rates_are_those_of_every_sweep():
+    a, b = sweep(4e-3), sweep(4e-3, lrs=(5e-4, 1e-3, 2e-3, 4e-3))
+    assert shared_rates([a, b]) == (1e-3, 2e-3, 4e-3)
+    assert shared_rates([a]) == tuple(sorted(a))
+    assert shared_rates([a, sweep(4e-3, lrs=(3e-3,))]) == ()
+    assert shared_rates([]) == ()
 
 
 def test_vertices_in_batches_are_those_one_by_one():

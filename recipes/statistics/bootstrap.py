@@ -114,20 +114,6 @@ def perturb(losses: ArrayLike, sigma: float, *, draws: int = DRAWS, seed: int = 
     return known + sigma * np.random.default_rng(seed).standard_normal((draws, known.size))
 
 
-def bootstrap(
-    statistic: Callable[[Array], float],
-    n: int,
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-    clusters: Sequence[object] | None = None,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile interval of a statistic that takes the weight of each run ([n])."""
-    counts = resample(n, draws=draws, seed=seed, clusters=clusters)
-    return percentile_interval([statistic(row) for row in counts], level)
-
-
 def _codes(
     n: int,
     labels: Sequence[object] | None,

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import stdtr
 
-from recipes.statistics.bootstrap import Array
-from recipes.statistics.scaling import Runs, fit_chinchilla, fit_frontier
+from recipes.statistics.bootstrap import DRAWS, Array, Interval, percentile_interval
+from recipes.statistics.resampled import resampled
+from recipes.statistics.scaling import Runs, fit_frontier
 
 LEVEL = 0.05
 
@@ -17,57 +18,65 @@ class HoldOut:
     """What a law says of the largest budget from all smaller ones. Use it once."""
 
     at: float  # the budget left out
-    predicted: float  # mean over its runs
-    measured: float
-    sigmas: float | None  # (measured - predicted) in standard errors of the measured mean
+    below: float  # the largest that was fitted
+    predicted: float
+    measured: float  # mean over its runs
+    interval: Interval  # of measured - predicted, over resamples of all runs
 
     @property
     def error(self) -> float:
         """measured - predicted."""
         return self.measured - self.predicted
 
+    @property
+    def relative(self) -> float:
+        """The error as a share of what was measured."""
+        return self.error / self.measured
 
-def hold_out_frontier(runs: Runs, *, sigma: float | None = None) -> HoldOut:
+    @property
+    def missed(self) -> bool:
+        """Whether the law misses it beyond the noise, of the fit and of the runs left out."""
+        return 0.0 not in self.interval
+
+
+def hold_out(
+    runs: Runs, *, draws: int = DRAWS, seed: int = 0, sigma: float | None = None
+) -> HoldOut:
     """l = E + A x^-a without the largest x, held against it.
+
+    One curve by itself: seeds that move several curves alike would make a joint fit look surer of
+    their floor than it is. Where two curves have the same noise 14 % of its 95 % intervals miss
+    (200 simulated), of one curve's 6 %.
 
     Args:
         runs: four different x at least.
-        sigma: standard deviation of one run's loss; None: the error is not put in terms of it.
+        draws, seed, sigma: as in `resampled`; sigma is the noise of a run left out, too.
     """
-    kept, left, top = _without_top(runs, runs.x)
-    return _held(top, fit_frontier(kept).frontier().loss(left.x), left.loss, sigma)
-
-
-def hold_out_chinchilla(
-    runs: Runs, *, compute: ArrayLike | None = None, sigma: float | None = None
-) -> HoldOut:
-    """l = E + A N^-alpha + B D^-beta without the largest compute, held against it.
-
-    Args:
-        runs: x is [n, 2], parameters and tokens.
-        compute: [n], the budget of each run; None: N D.
-        sigma: as in `hold_out_frontier`.
-    """
-    budgets = runs.x.prod(1) if compute is None else np.asarray(compute, dtype=np.float64)
-    kept, left, top = _without_top(runs, budgets)
-    return _held(top, fit_chinchilla(kept).chinchilla().loss(*left.x.T), left.loss, sigma)
-
-
-def _without_top(runs: Runs, budgets: Array) -> tuple[Runs, Runs, float]:
-    top = float(budgets.max())
-    out = budgets > top * (1 - 1e-9)
-    kept, left = (Runs(x=runs.x[mask], loss=runs.loss[mask]) for mask in (~out, out))
-    return kept, left, top
-
-
-def _held(top: float, predicted: Array, measured: Array, sigma: float | None) -> HoldOut:
-    off = float(measured.mean() - predicted.mean())
+    kept, left = _without_top(runs)
+    top, fit = float(left.x.max()), fit_frontier(kept)
+    (again,) = resampled(fit, draws=draws, seed=seed, sigma=sigma).frontiers.values()
+    measured = _means(left.loss, draws=draws, seed=seed + 1, sigma=sigma)
     return HoldOut(
         at=top,
-        predicted=float(predicted.mean()),
-        measured=float(measured.mean()),
-        sigmas=None if sigma is None else off / sigma * len(measured) ** 0.5,
+        below=float(kept.x.max()),
+        predicted=float(fit.frontier().loss(top)),
+        measured=float(left.loss.mean()),
+        interval=percentile_interval(measured - again.loss(top)),
     )
+
+
+def _without_top(runs: Runs) -> tuple[Runs, Runs]:
+    out = runs.x > runs.x.max() * (1 - 1e-9)
+    kept, left = (Runs(x=runs.x[mask], loss=runs.loss[mask]) for mask in (~out, out))
+    return kept, left
+
+
+def _means(losses: Array, *, draws: int, seed: int, sigma: float | None) -> Array:
+    """Resampled means of some runs: [draws]."""
+    generator, n = np.random.default_rng(seed), len(losses)
+    if sigma is not None:
+        return losses.mean() + sigma / np.sqrt(n) * generator.standard_normal(draws)
+    return losses[generator.integers(n, size=(draws, n))].mean(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,23 +150,7 @@ def sensitivity(sweep: Sweep, initial: float) -> float:
     return float(np.mean([min(loss, initial) - min(best, initial) for loss in losses]))
 
 
-def check_equal_trials(trials: Mapping[str, int]) -> None:
-    """Raise unless everything compared was tried equally often, the baseline included."""
-    if len(set(trials.values())) > 1:
-        told = ", ".join(f"{name} {n}" for name, n in trials.items())
-        raise ValueError(f"trials must be equally many for every variant, got {told}")
-
-
-def check_same_grid(sweeps: Mapping[str, Sweep]) -> None:
-    """Raise unless all sweeps tried the same learning rates, the condition of `sensitivity`."""
-    grids = {name: tuple(sorted(sweep)) for name, sweep in sweeps.items()}
-    if len(set(grids.values())) > 1:
-        told = "; ".join(f"{n}: {', '.join(f'{lr:g}' for lr in g)}" for n, g in grids.items())
-        raise ValueError(f"sweeps must try the same learning rates, got {told}")
-
-
-def check_fresh_seeds(chosen_on: Iterable[int], reported_on: Iterable[int]) -> None:
-    """Raise where hyper-parameters were chosen on seeds that are reported: the winner's curse."""
-    both = sorted(set(chosen_on) & set(reported_on))
-    if both:
-        raise ValueError(f"seeds {both} chose the hyper-parameters: report others")
+def shared_rates(sweeps: Iterable[Sweep]) -> tuple[float, ...]:
+    """The learning rates that every sweep tried, the smallest first: the grid of `sensitivity`."""
+    grids = [set(sweep) for sweep in sweeps]
+    return tuple(sorted(set.intersection(*grids))) if grids else ()
