@@ -1,11 +1,17 @@
 """The learning rates that were tried: sweeps, their optima, how much they matter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, log, nan
 from statistics import fmean
 
 from recipes.report.records import Run
-from recipes.statistics.rates import LEAST_POINTS, Optimum, optimum, sensitivity
+from recipes.statistics.rates import (
+    LEAST_POINTS,
+    Optimum,
+    optimum,
+    sensitivity,
+    shared_rates,
+)
 from recipes.study.report.derive import Derived
 
 
@@ -20,8 +26,22 @@ class Sweep:
     failed: tuple[float, ...]  # rates at which a run has no result but a failure
     missing: tuple[float, ...]  # rates not run yet
     best: Optimum | None
-    sensitivity: float | None
     why: str | None  # no optimum
+    initial: float | None  # bits per byte before training
+    shared: tuple[float, ...] = ()  # rates that all sweeps of its size and precision have
+
+    @property
+    def enough(self) -> bool:
+        """Whether an optimum, and a sensitivity, can be asked of it."""
+        return len(self.losses) >= LEAST_POINTS
+
+    @property
+    def sensitivity(self) -> float | None:
+        """Over the shared rates; None where they are too few, or all of them diverged."""
+        losses = {lr: self.losses[lr] for lr in self.shared}
+        if self.initial is None or not any(map(isfinite, losses.values())):
+            return None
+        return sensitivity(losses, self.initial)
 
     @property
     def edge(self) -> bool:
@@ -32,7 +52,20 @@ class Sweep:
 def sweeps(d: Derived) -> list[Sweep]:
     """Every sweep, by size, then as variants come."""
     keys = dict.fromkeys((r.size, r.variant, r.precision) for r in d.planned("tuning"))
-    return [_sweep(d, *key) for key in keys]
+    return _with_shared([_sweep(d, *key) for key in keys])
+
+
+def _with_shared(found: list[Sweep]) -> list[Sweep]:
+    """Each with the rates that its size and precision share; none where these are too few."""
+    by_place: dict[tuple[str, str], list[dict[float, float]]] = {}
+    for s in found:
+        if s.enough:
+            by_place.setdefault((s.size, s.precision), []).append(s.losses)
+    shared = {place: shared_rates(losses) for place, losses in by_place.items()}
+    kept = {place: rates for place, rates in shared.items() if len(rates) >= LEAST_POINTS}
+    return [
+        replace(s, shared=kept.get((s.size, s.precision), ())) if s.enough else s for s in found
+    ]
 
 
 def _sweep(d: Derived, size: str, variant: str, precision: str) -> Sweep:
@@ -53,12 +86,9 @@ def _sweep(d: Derived, size: str, variant: str, precision: str) -> Sweep:
         else:
             (failed if any(i in d.results.failures for i in ids) else missing).append(rate)
     best, why = _optimum(losses)
-    initial = _initial(done)
     return Sweep(
         size=size, variant=variant, precision=precision, losses=losses, failed=tuple(failed),
-        missing=tuple(missing), best=best,
-        sensitivity=sensitivity(losses, initial) if best and initial else None,
-        why=why,
+        missing=tuple(missing), best=best, why=why, initial=_initial(done),
     )  # fmt: skip
 
 
