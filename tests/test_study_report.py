@@ -3,7 +3,6 @@
 import csv
 import json
 import time
-from math import log
 
 import pytest
 from recipe_toys import refused
@@ -12,14 +11,11 @@ from study_toys import MadeUp, small
 from test_report import Page, figures_of, sections_of
 from typer.testing import CliRunner
 
-from recipes.report.records import RunCost
 from recipes.statistics.power import power_of
 from recipes.study.cli import app
 from recipes.study.gather import POINTS, gather, largest_complete, study_directory
-from recipes.study.records import Machine, ModelRecord, read_plan, read_study_results
-from recipes.study.report.ladder import isoflops
+from recipes.study.records import read_plan, read_study_results
 from recipes.study.report.page import comparison_at, parts_of, render, write_study_report
-from recipes.study.report.roofline import decode_bound, training_bound
 from recipes.study.run import run_study
 
 DRAWS = 200
@@ -221,7 +217,9 @@ def test_figures_for_papers_as_pdf_and_svg(tmp_path):
     pytest.importorskip("matplotlib")
     MadeUpStudy(controls=False, precisions=("bf16", "nvfp4"), sizes=("s", "m")).write(tmp_path)
     names = [p.name for p in write_study_report(tmp_path, tmp_path / "figures", draws=DRAWS)[5:]]
-    stems = ["verdicts", "rates_s_bf16", "ladder_active_flops", "precision_s", "precision_m"]
+    stems = [
+        "verdicts", "rates_s_bf16", "ladder_active_flops", "roofline", "precision_s", "precision_m",
+    ]  # fmt: skip
     assert names == [f"{stem}.{ending}" for stem in stems for ending in ("pdf", "svg")]
     for name in names:
         start = (tmp_path / "figures" / name).read_bytes()[:5]
@@ -256,33 +254,6 @@ def test_the_largest_complete_size(tmp_path):
     none_whole = {i for i in ids if not i.endswith("-s1")}
     assert largest_complete(plan, none_whole) == "l"
     assert largest_complete(plan, set()) is None
-
-
-class SharedBudgets(MadeUpStudy):
-    """Three sizes at each of two budgets; the best has 1e6, and 2e6, parameters."""
-
-    def compute(self, size):
-        return 1e7 if size[0] == "a" else 4e7, 1e6
-
-    def result(self, run):
-        budget, i = "ab".index(run.size[0]), int(run.size[1])
-        plain = super().result(run)
-        params = [5e5, 1e6, 2e6, 4e6][i + budget]
-        off = log(params / (1e6 * 2**budget))
-        plain["cost"]["params"] = int(params)
-        plain["final"]["bpb"] *= 1 + 0.05 * off**2
-        return plain
-
-
-def test_sizes_that_share_budgets_have_a_best_size_instead_of_a_frontier(tmp_path):
-    sizes = ("a0", "a1", "a2", "b0", "b1", "b2")
-    planted = SharedBudgets(sizes=sizes, controls=False, noise=1e-4)
-    parts = parts_of(gather(planted.write(tmp_path)), draws=DRAWS)
-    assert parts.ladders[0].why.startswith("sizes of the baseline share budgets")
-    for found in isoflops(parts.d, "active_flops").values():
-        assert [b.size for b in found.budgets] == pytest.approx([1e6, 2e6], rel=0.02)
-        assert found.exponent == pytest.approx(0.5, abs=0.02)
-    assert "Best size per budget" in Page(render(parts)).text
 
 
 class Rising(MadeUpStudy):
@@ -322,24 +293,6 @@ def test_the_command(tmp_path):
         "written:", str(tmp_path / "differences.csv"), "written:", str(tmp_path / "results.tex"),
         "written:", str(tmp_path / "verdicts.md"),
     ]  # fmt: skip
-
-
-def test_a_roofline_by_hand():
-    cost = RunCost(
-        params=1000, active_params=1000, nonembedding_params=1000, flops_per_token=2000.0,
-        training_flops_per_token=6000.0, weight_bytes_per_token={"1": 2000.0},
-    )  # fmt: skip
-    model = ModelRecord(
-        size="s", variant="v", active_strict=0, active_with_head=0, weight_bytes=4000,
-        gradient_bytes=4000, optimizer_bytes=8000, tokens_per_step=100, traced_as=2000.0,
-    )  # fmt: skip
-    machine = Machine(name="m", threads=1, flops_per_s=1e6, bytes_per_s=1e5)
-    one, step = decode_bound(cost, machine), training_bound(cost, model, machine)
-    assert (one.compute_s, one.memory_s, one.binds) == (0.002, 0.02, "memory bandwidth")
-    assert one.ratio == pytest.approx(10)
-    assert step.compute_s == pytest.approx(0.006)
-    assert step.memory_s == pytest.approx((2 * 4000 + 2 * 4000 + 2 * 12000) / 100 / 1e5)
-    assert step.binds == "compute"
 
 
 def test_power_is_a_number_far_out_in_the_tail():

@@ -7,10 +7,10 @@ from recipes.report.records import Run
 from recipes.report.study import BYTES_AT
 from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
-from recipes.study.records import Machine, ModelRecord
+from recipes.study.report.binds import what_binds
 from recipes.study.report.derive import Arm, Derived
-from recipes.study.report.headline import held, variant_name
-from recipes.study.report.roofline import Bound, decode_bound, training_bound
+from recipes.study.report.names import held, variant_name
+from recipes.study.report.roofline import had, reached
 from recipes.study.trace import AGREES
 
 
@@ -33,15 +33,8 @@ def costs(d: Derived) -> Markup | None:
         el("h3", "On the machine of the runs"),
         _measured(d, arms),
         el("h3", "What binds"),
-        _roofline(d, arms),
+        what_binds(d),
     )
-
-
-def model_of(d: Derived, arm: Arm) -> ModelRecord | None:
-    """The record of an arm's model."""
-    ids = {run.id for run in arm.runs}
-    key = next((p.model for p in d.plan.runs if p.id in ids), None)
-    return None if key is None else d.plan.models.get(key)
 
 
 def _counted(d: Derived, arms: Sequence[Arm]) -> Markup:
@@ -60,7 +53,7 @@ def _counted(d: Derived, arms: Sequence[Arm]) -> Markup:
 
 
 def _counted_row(d: Derived, arm: Arm) -> Markup:
-    cost, model = arm.runs[0].cost, model_of(d, arm)
+    cost, model = arm.runs[0].cost, d.model(arm)
     numbers = [
         cost.params, cost.nonembedding_params,
         model.active_strict if model else None, model.active_with_head if model else None,
@@ -81,7 +74,7 @@ def _memory(d: Derived, arms: Sequence[Arm]) -> Markup:
     ]  # fmt: skip
     rows = []
     for arm in arms:
-        model, peak = model_of(d, arm), arm.peak_memory_bytes
+        model, peak = d.model(arm), arm.peak_memory_bytes
         if model is None:
             continue
         parts = [model.weight_bytes, model.gradient_bytes, model.optimizer_bytes]
@@ -127,7 +120,7 @@ def _measured(d: Derived, arms: Sequence[Arm]) -> Markup:
     base = d.base(d.top or "")
     machines = dict.fromkeys(_machine_words(run) for arm in arms for run in arm.runs)
     limits = d.results.machine
-    elsewhere = [arm.variant for arm in arms if limits is not None and not _is_of(limits, arm)]
+    elsewhere = [arm.variant for arm in arms if limits is not None and not had(arm, limits)]
     note = lead(
         f"{'; '.join(machines)}. Speed and memory say how mature a kernel is as much as what an "
         "idea costs: they are no part of the verdict on quality.",
@@ -145,12 +138,6 @@ def _measured(d: Derived, arms: Sequence[Arm]) -> Markup:
     return join(note, sortable(heads, rows))
 
 
-def _is_of(machine: Machine, arm: Arm) -> bool:
-    """Whether an arm's runs had the machine that the limits are of."""
-    limits = (machine.name, machine.threads)
-    return all((r.machine.get("cpu"), r.machine.get("threads")) == limits for r in arm.runs)
-
-
 def _machine_words(run: Run) -> str:
     m = run.machine
     threads = m.get("threads")
@@ -160,9 +147,8 @@ def _machine_words(run: Run) -> str:
 def _measured_row(d: Derived, arm: Arm, base: Arm | None) -> Markup:
     ratio = arm.tokens_per_s / base.tokens_per_s if base else None
     machine, peak = d.results.machine, arm.peak_memory_bytes
-    per_s = arm.tokens_per_s * arm.runs[0].cost.training_flops_per_token
-    here = machine is not None and _is_of(machine, arm)
-    mfu = per_s / machine.flops_per_s if machine and here else None
+    per_s = None if machine is None else reached(arm, machine)
+    mfu = None if machine is None or per_s is None else per_s / machine.flops_per_s
     return el(
         "tr",
         el("td", variant_name(d, arm.variant)),
@@ -172,39 +158,3 @@ def _measured_row(d: Derived, arm: Arm, base: Arm | None) -> Markup:
         num_cell(mfu, text.percent(mfu or 0.0)),
         num_cell(peak, text.si(peak or 0, "B")),
     )
-
-
-def _roofline(d: Derived, arms: Sequence[Arm]) -> Markup:
-    machine = d.results.machine
-    if machine is None:
-        return el("p", "No machine was measured.")
-    note = lead(
-        f"{_limits(machine)}. Lower bounds: the time that the FLOPs need at the one rate, and the "
-        "weight bytes at the other; activations and caches are left out. Training reads weights "
-        "twice, writes gradients, and moves the optimiser's state once a step."
-    )
-    items = [
-        el("li", variant_name(d, arm.variant), ": ", _bound_words(arm, model, machine))
-        for arm in arms
-        if (model := model_of(d, arm)) is not None
-    ]
-    return join(note, el("ul", *items))
-
-
-def _limits(machine: Machine) -> str:
-    threads = f"{machine.threads} thread{'s' * (machine.threads != 1)}"
-    return (
-        f"{machine.name}, {threads}: {text.si(machine.flops_per_s, 'FLOP/s')} of float32 matmuls, "
-        f"{text.si(machine.bytes_per_s, 'B/s')} of copies"
-    )
-
-
-def _bound_words(arm: Arm, model: ModelRecord, machine: Machine) -> str:
-    one = decode_bound(arm.runs[0].cost, machine)
-    step = training_bound(arm.runs[0].cost, model, machine)
-    return f"at batch 1 {_words(one)}; in training {_words(step)}."
-
-
-def _words(b: Bound) -> str:
-    most = text.si(1 / b.seconds)
-    return f"{b.binds} binds ({text.si(b.ratio)} times the other), {most} tokens/s at most"

@@ -12,7 +12,7 @@ from recipes.report.study import OverSeeds
 from recipes.statistics.noise import Spread, spread_of
 from recipes.statistics.power import resolution
 from recipes.statistics.verdicts import LEVEL, Difference, correct
-from recipes.study.records import PlannedRecord, PlanRecord, StudyResults
+from recipes.study.records import ModelRecord, PlannedRecord, PlanRecord, StudyResults
 
 FLOPS_HELD = "active_flops"  # the matching that a verdict is about, where the study has it
 POWER = 0.8
@@ -89,6 +89,12 @@ class Derived:
     def base(self, size: str, hold: str | None = None) -> Arm | None:
         """The baseline's arm."""
         return self.arm(self.plan.baseline.variant, size, hold)
+
+    def model(self, arm: Arm) -> ModelRecord | None:
+        """The record of an arm's model."""
+        ids = {run.id for run in arm.runs}
+        key = next((p.model for p in self.plan.runs if p.id in ids), None)
+        return None if key is None else self.plan.models.get(key)
 
     def planned(self, stage: str) -> list[PlannedRecord]:
         """The runs of a stage."""

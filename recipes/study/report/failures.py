@@ -3,7 +3,7 @@
 from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
 from recipes.study.report.derive import Derived
-from recipes.study.report.headline import held, variant_name
+from recipes.study.report.names import held, variant_name
 
 MOST = 40  # of the missing that are named
 

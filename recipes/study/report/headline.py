@@ -3,41 +3,20 @@
 from math import isfinite
 
 from recipes.report import text
-from recipes.report.headline import fact, whisker
-from recipes.report.method import BUDGETS
+from recipes.report.headline import fact
 from recipes.report.tables import num_cell, sort_head, sortable
-from recipes.report.text import Markup, chip, el, join, lead, swatch
+from recipes.report.text import Markup, chip, el, join, lead
 from recipes.statistics.paired import EQUIVALENCE
-from recipes.statistics.verdicts import Difference
 from recipes.study.report.derive import Derived, Told
-
-MOST_ROWS = 24  # of the picture
+from recipes.study.report.forest import Row, forest
+from recipes.study.report.names import held, variant_name
 
 
 def headline(d: Derived) -> Markup:
     """Facts, a picture of the primary cell, the verdict table, what the seeds can tell."""
     facts = (fact(*given) for given in _facts(d))
-    return join(el("div", *facts, class_="facts"), _summary(d), _forest(d), _table(d), _power(d))
-
-
-def variant_name(d: Derived, variant: str) -> Markup:
-    """A variant with its colour."""
-    return join(swatch(d.look.colours[variant]), el("b", variant))
-
-
-def legend(d: Derived, variants: tuple[str, ...]) -> Markup:
-    """Variants by colour; a click hides one in every plot of the page."""
-    buttons = (
-        el("button", swatch(d.look.colours[v]), v, type="button", data_variant=v,
-           aria_pressed="true")
-        for v in variants
-    )  # fmt: skip
-    return el("div", *buttons, class_="legend")
-
-
-def held(hold: str) -> str:
-    """A matching in words."""
-    return f"equal {BUDGETS[hold][0]}"
+    picture = forest(d, verdict_rows(d), d.plan.baseline.variant)
+    return join(el("div", *facts, class_="facts"), _summary(d), picture, _table(d), _power(d))
 
 
 def _facts(d: Derived) -> list[tuple[str, str, str]]:
@@ -93,35 +72,10 @@ def _summary(d: Derived) -> Markup:
     return el("p", el("strong", told), more, left, untuned, more_compute, class_="lead")
 
 
-def _forest(d: Derived) -> Markup | None:
-    """A row per variant at the primary matching of the largest complete size."""
-    rows = [(v, d.table[v, d.top or "", d.primary]) for v in d.others
-            if (v, d.top, d.primary) in d.table]  # fmt: skip
-    if not rows:
-        return None
-    ends = [abs(x.value) + (x.half or 0) for _, x in rows if isfinite(x.value)]
-    reach = 1.05 * (max(ends, default=0) or 1)
-    marks = ("← better", d.plan.baseline.variant, "worse →")
-    axis = el("div", *(el("span", mark) for mark in marks), class_="forest-axis")
-    drawn = [el("div", axis, class_="forest-head")]
-    drawn += [_forest_row(d, v, x, reach) for v, x in rows[:MOST_ROWS]]
-    return el("div", *drawn, class_="forest")
-
-
-def _forest_row(d: Derived, variant: str, x: Difference, reach: float) -> Markup:
-    number = text.signed(x.value, d.digits)
-    shapes = whisker(x, d.look.colours[variant], reach)
-    picture = el("svg", *shapes, role="img", aria_label=f"{variant}: {number}")
-    half = f" ± {x.half:.{d.digits}f}" if x.half else ""
-    said = el("p", f"{number}{half} bits per byte, {x.how}")
-    who = el("div", variant_name(d, variant), class_="who")
-    return el(
-        "div",
-        el("div", who, said, class_="say"),
-        el("div", picture, class_="pic"),
-        el("div", el("span", number, class_="num"), chip(x.word), class_="mark"),
-        class_="forest-row",
-    )
+def verdict_rows(d: Derived) -> list[Row]:
+    """Every variant against the baseline: the primary matching of the largest complete size."""
+    places = {v: (v, d.top or "", d.primary) for v in d.others}
+    return [Row(v, d.table[place]) for v, place in places.items() if place in d.table]
 
 
 def _table(d: Derived) -> Markup | None:

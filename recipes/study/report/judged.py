@@ -1,20 +1,13 @@
-"""What holds of the verdict rule, what controls say, what low precision costs."""
+"""What holds of the verdict rule, and what low precision costs."""
 
 from math import isfinite
 
 from recipes.report import text
-from recipes.report.tables import num_cell, sort_head, sortable
-from recipes.report.text import Markup, chip, el, join, lead
-from recipes.statistics.verdicts import Difference
+from recipes.report.text import Markup, el, join, lead
 from recipes.study.report.derive import Derived
-from recipes.study.report.headline import held, variant_name
+from recipes.study.report.names import held, variant_name
 from recipes.study.report.rule import Condition, Ruling
 
-KINDS = {
-    "dense_total": ("dense, as large in all", "a ceiling to approach: it runs more FLOPs a token"),
-    "random_router": ("random router", "must be beaten, or routing has learned nothing"),
-    "off": ("special part off", "must be beaten, or the idea adds nothing"),
-}
 MARKS = {True: "holds", False: "does not hold", None: "cannot be told"}
 
 
@@ -48,65 +41,6 @@ def _condition(c: Condition) -> Markup:
     mark = el("span", MARKS[c.holds], class_=f"chip {class_}")
     said = join(c.told, el("div", c.asks, class_="quiet"))
     return el("tr", el("th", f"({c.letter})", scope="row"), el("td", mark), el("td", said))
-
-
-def controls(d: Derived) -> Markup | None:
-    """Each variant beside its controls, at every size."""
-    if not d.controls:
-        return None
-    note = lead(
-        "The variant minus its control, at the primary matching; below zero the variant is better. "
-        "The words are corrected over this table. A dense model with as many parameters is a "
-        "ceiling and need not be beaten; the others must be."
-    )
-    heads = [
-        sort_head("Variant", False),
-        sort_head("Control", False),
-        sort_head("Size", False),
-        sort_head("Variant's", title="bits per byte"),
-        sort_head("Control's", title="bits per byte"),
-        sort_head("Difference", title="with half the 95 % interval"),
-        sort_head("The variant is", False),
-        sort_head("So", False),
-    ]
-    rows = [
-        _control(d, label, size)
-        for label in d.controls
-        for size in d.plan.sizes
-        if (label, size) in d.against_controls
-    ]
-    if not rows:
-        return join(note, el("p", "No control has a result beside its variant yet."))
-    return join(note, sortable(heads, rows))
-
-
-def _control(d: Derived, label: str, size: str) -> Markup:
-    control, found = d.controls[label], d.against_controls[label, size]
-    mine, other = d.arm(control.of, size), d.arm(label, size)
-    assert mine is not None, "a difference has both"
-    assert other is not None, "a difference has both"
-    what, why = KINDS[control.kind]
-    half = f" ± {found.half:.{d.digits}f}" if found.half else ""
-    return el(
-        "tr",
-        el("td", variant_name(d, control.of)),
-        el("td", what, title=label),
-        el("td", size),
-        num_cell(mine.bpb, text.bpb(mine.bpb, d.digits)),
-        num_cell(other.bpb, text.bpb(other.bpb, d.digits)),
-        num_cell(found.value, text.signed(found.value, d.digits) + half, found.how),
-        el("td", chip(found.word) if isfinite(found.value) else chip("diverged")),
-        el("td", _so(control.kind, found), title=why),
-    )
-
-
-def _so(kind: str, found: Difference) -> str:
-    """What a control's difference means."""
-    if kind == "dense_total":
-        words = {"better": "above its ceiling", "worse": "below its ceiling"}
-        return words.get(found.word, "not told from its ceiling")
-    words = {"better": "beats it", "worse": "loses to it"}
-    return words.get(found.word, "does not beat it")
 
 
 def gaps(d: Derived) -> Markup | None:

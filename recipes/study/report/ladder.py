@@ -1,6 +1,6 @@
-"""Loss against compute over the sizes: fitted frontiers, leverages, residuals, isoFLOP optima."""
+"""Loss against compute over the sizes: fitted frontiers and leverages."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isfinite, log
 
@@ -8,8 +8,7 @@ import numpy as np
 
 from recipes.report.records import Run
 from recipes.statistics.bootstrap import DRAWS
-from recipes.statistics.isoflop import IsoFlop, isoflop
-from recipes.statistics.leverage import SAME_BUDGET, Leverage, leverage_of_curves
+from recipes.statistics.leverage import Leverage, leverage_of_curves
 from recipes.statistics.paired import MIN_SEEDS
 from recipes.statistics.scaling import Fit, Runs, fit_frontiers, runs_of
 from recipes.study.report.derive import Arm, Derived
@@ -43,7 +42,7 @@ def ladder(
         draws: of the bootstrap.
         joint: fit all curves together as well, for the picture.
     """
-    arms = {v: found for v in d.plan.variants if (found := _arms(d, v, hold))}
+    arms = {v: found for v in d.plan.variants if (found := trained(d, v, hold))}
     lost = tuple(_lost(d, hold))
     base, needed = d.plan.baseline.variant, f"a fit needs {LEAST}"
     n = len(arms.get(base, ()))
@@ -79,7 +78,8 @@ def training_seconds(run: Run) -> float:
     return run.speed.train_s
 
 
-def _arms(d: Derived, variant: str, hold: str) -> tuple[Arm, ...]:
+def trained(d: Derived, variant: str, hold: str) -> tuple[Arm, ...]:
+    """A variant's arms from the smallest size, but for those in which a run diverged."""
     arms = (d.arm(variant, size, hold) for size in d.plan.sizes)
     return tuple(a for a in arms if a is not None and isfinite(a.bpb))
 
@@ -107,34 +107,3 @@ def _sigma(d: Derived, arms: list[Arm]) -> float | None:
     if min(len(a.runs) for a in arms) >= MIN_SEEDS or d.noise is None:
         return None
     return d.noise.std
-
-
-def isoflops(d: Derived, hold: str) -> dict[str, IsoFlop]:
-    """The best size per budget of each variant; empty where sizes share no two budgets.
-
-    Budgets are shared by three sizes or more whose training FLOPs agree within 5 %.
-    """
-    found: dict[str, IsoFlop] = {}
-    for variant in d.plan.variants:
-        budgets: dict[float, list[Arm]] = {}
-        for arm in sorted(_arms(d, variant, hold), key=lambda a: a.flops):
-            near = [c for c in budgets if abs(log(arm.flops / c)) < SAME_BUDGET]
-            budgets.setdefault(near[0] if near else arm.flops, []).append(arm)
-        shared = {c: arms for c, arms in budgets.items() if len(_sizes(arms)) >= 3}
-        if len(shared) >= 2:
-            found[variant] = isoflop(_points(shared), sigma=d.noise.std if d.noise else None)
-    return found
-
-
-def _sizes(arms: list[Arm]) -> set[int]:
-    return {arm.runs[0].cost.params for arm in arms}
-
-
-def _points(shared: Mapping[float, list[Arm]]) -> dict[float, Runs]:
-    return {
-        compute: runs_of(
-            [run.cost.params for arm in arms for run in arm.runs],
-            [run.final.bpb for arm in arms for run in arm.runs],
-        )
-        for compute, arms in shared.items()
-    }

@@ -5,9 +5,9 @@ from math import isfinite
 from recipes.report import text
 from recipes.report.markdown import table
 from recipes.statistics.verdicts import Difference
+from recipes.study.report.controls import KINDS
 from recipes.study.report.derive import Arm, Derived
-from recipes.study.report.headline import held
-from recipes.study.report.judged import KINDS
+from recipes.study.report.names import held
 
 NONE = text.DASH
 

@@ -13,11 +13,12 @@ from recipes.statistics.bootstrap import DRAWS
 from recipes.study.gather import gather
 from recipes.study.records import RESULTS, StudyResults
 from recipes.study.report import export
+from recipes.study.report.controls import controls
 from recipes.study.report.costs import costs
 from recipes.study.report.derive import Derived
 from recipes.study.report.failures import failures
 from recipes.study.report.headline import headline
-from recipes.study.report.judged import controls, gaps, rule
+from recipes.study.report.judged import gaps, rule
 from recipes.study.report.ladder import Ladder, ladder, training_flops, training_seconds
 from recipes.study.report.markdown import verdicts
 from recipes.study.report.rates import learning_rates

@@ -8,9 +8,10 @@ from recipes.report import text
 from recipes.report.figures import Figure, switched
 from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
-from recipes.statistics.parabola import vertex
+from recipes.statistics.bootstrap import Array
+from recipes.statistics.parabola import Vertex, vertex
 from recipes.study.report.derive import Derived
-from recipes.study.report.headline import legend, variant_name
+from recipes.study.report.names import legend, variant_name
 from recipes.study.report.tuning import Sweep
 
 CURVE_POINTS = 33
@@ -135,9 +136,14 @@ def parabola(s: Sweep) -> tuple[list[float], list[float]]:
     assert s.best is not None, "the caller asks for one that was fitted"
     rates = s.best.fitted
     v = vertex(np.log2(rates), [s.losses[lr] for lr in rates])
-    x = np.linspace(np.log2(rates[0]), np.log2(rates[-1]), CURVE_POINTS)
-    y = v.low + v.curvature * (x - v.at) ** 2
-    return [float(lr) for lr in 2**x], [float(bpb) for bpb in y]
+    x, y = bowl(v, np.log2(rates[0]), np.log2(rates[-1]))
+    return (2**x).tolist(), y.tolist()
+
+
+def bowl(v: Vertex, low: float, high: float) -> tuple[Array, Array]:
+    """A parabola that was fitted, drawn between two of its x."""
+    x = np.linspace(low, high, CURVE_POINTS)
+    return x, v.low + v.curvature * (x - v.at) ** 2
 
 
 def _table(d: Derived, found: list[Sweep]) -> Markup:

@@ -11,8 +11,9 @@ from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
 from recipes.statistics.checks import bend
 from recipes.study.report.derive import Arm, Derived
-from recipes.study.report.headline import held, legend, variant_name
-from recipes.study.report.ladder import LEAST, Ladder, isoflops
+from recipes.study.report.isoflop import best_sizes
+from recipes.study.report.ladder import LEAST, Ladder
+from recipes.study.report.names import held, legend, variant_name
 from recipes.study.report.rule import leverage_words
 
 POINTS = 41  # of a fitted curve
@@ -40,7 +41,7 @@ def scaling(d: Derived, ladders: list[Ladder], seconds: Ladder) -> Markup | None
         switched(shown, keys, "study-ladder", "By matching", "Loss against training FLOPs"),
         _leverages(d, ladders, seconds),
         _residuals(d, ladders[0]),
-        _isoflop(d),
+        best_sizes(d),
     )
 
 
@@ -188,30 +189,3 @@ def _residuals(d: Derived, one: Ladder) -> Markup | None:
         told = f"The residuals bend, so the form is wrong for: {', '.join(bends)}."
     picture = plot({"views": [{"data": traces, "layout": layout}]}, "study-residuals", "Residuals")
     return join(el("h3", "Residuals"), lead(told), picture)
-
-
-def _isoflop(d: Derived) -> Markup | None:
-    """Optimal sizes where sizes share budgets; nothing otherwise."""
-    found = isoflops(d, d.primary)
-    if not found:
-        return None
-    heads = [sort_head("Variant", False), sort_head("Budget"), sort_head("Best size"),
-             sort_head("95 % interval", False), sort_head("Place", False)]  # fmt: skip
-    rows = [
-        el(
-            "tr",
-            el("td", variant_name(d, v)),
-            num_cell(b.compute, text.si(b.compute, "FLOP")),
-            num_cell(b.size, text.si(b.size)),
-            el("td", f"{text.si(b.size_interval.low)} to {text.si(b.size_interval.high)}"),
-            el("td", b.place),
-        )
-        for v, fit in found.items()
-        for b in fit.budgets
-    ]
-    told = "; ".join(
-        f"{v}: N* ∝ C^{fit.exponent:.3f} "
-        f"[{fit.exponent_interval.low:.3f}, {fit.exponent_interval.high:.3f}]"
-        for v, fit in found.items()
-    )
-    return join(el("h3", "Best size per budget"), lead(told), sortable(heads, rows))

@@ -5,13 +5,19 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from recipes.report.figures import GREY
 from recipes.report.static import new_axes, write_drawn
+from recipes.study.report.binds import roof, roof_words
+from recipes.study.report.controls import beside_controls
 from recipes.study.report.derive import Derived
-from recipes.study.report.headline import held
+from recipes.study.report.forest import Row
+from recipes.study.report.headline import verdict_rows
 from recipes.study.report.judged import gap_matrix
 from recipes.study.report.ladder import Ladder
+from recipes.study.report.names import held
 from recipes.study.report.rates import parabola
-from recipes.study.report.scaling import fitted_curve
+from recipes.study.report.roofline import DECODING, TRAINING, workloads
+from recipes.study.report.static_scaling import isoflop_axes, ladder_axes
 from recipes.study.report.tuning import Sweep
 
 FORMATS = ("pdf", "svg")
@@ -21,7 +27,10 @@ def write_study_figures(
     d: Derived, sweeps: Sequence[Sweep], ladders: Sequence[Ladder], out_dir: Path,
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:  # fmt: skip
-    """Verdicts, learning rates by size, the ladder by matching and precision gaps by size.
+    """Every picture of the page but those of its last part, which is of one comparison.
+
+    Verdicts, controls, learning rates by size, the ladder by matching, best sizes per budget, the
+    roofline, and precision gaps by size.
 
     Pictures without data are left out.
 
@@ -33,11 +42,12 @@ def write_study_figures(
     """
 
     def drawn() -> dict[str, Any]:
-        found: dict[str, Any] = {"verdicts": _verdicts(d)}
+        found: dict[str, Any] = {"verdicts": _verdicts(d), "controls": _controls(d)}
         for size, precision in dict.fromkeys((s.size, s.precision) for s in sweeps):
             mine = [s for s in sweeps if (s.size, s.precision) == (size, precision)]
             found[f"rates_{size}_{precision}"] = _rates(d, mine)
-        found |= {f"ladder_{one.hold}": _ladder(d, one) for one in ladders}
+        found |= {f"ladder_{one.hold}": ladder_axes(d, one) for one in ladders}
+        found |= {"isoflop": isoflop_axes(d), "roofline": _roofline(d)}
         found |= {f"precision_{size}": _gaps(d, size) for size in d.plan.sizes}
         return found
 
@@ -45,26 +55,37 @@ def write_study_figures(
 
 
 def _verdicts(d: Derived) -> Any:
-    """Differences at the primary matching of the largest complete size, hollow: not resolved."""
-    rows = [
-        (v, x)
-        for v in d.others
-        if (x := d.table.get((v, d.top or "", d.primary))) and isfinite(x.value)
-    ]
-    if not rows:
-        return None
-    figure, axes = new_axes(5.2, 0.9 + 0.3 * len(rows))
-    for y, (variant, x) in enumerate(rows):
-        colour = d.look.colours[variant]
-        axes.errorbar(
-            [x.value], [y], xerr=x.half, color=colour, marker="o", capsize=2,
-            markerfacecolor=colour if x.resolved else "white",
-        )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [f"{v} ({x.word})" for v, x in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.axvline(0, color="#444", linewidth=0.8)
     base = d.plan.baseline.variant
-    axes.set(xlabel=f"bits per byte above {base}, size {d.top}, {held(d.primary)}")
+    return _forest(d, verdict_rows(d), f"bits per byte above {base}")
+
+
+def _controls(d: Derived) -> Any:
+    """Ceilings below a line, as diamonds: a variant need not beat them."""
+    beaten, ceilings = beside_controls(d)
+    return _forest(d, beaten, "bits per byte above its control", ceilings)
+
+
+def _forest(d: Derived, rows: Sequence[Row], what: str, apart: Sequence[Row] = ()) -> Any:
+    """Differences at the primary matching of the largest complete size, hollow: not resolved."""
+    upper = [row for row in rows if isfinite(row.found.value)]
+    shown = [*upper, *(row for row in apart if isfinite(row.found.value))]
+    if not shown:
+        return None
+    figure, axes = new_axes(5.2, 0.9 + 0.3 * len(shown))
+    for y, row in enumerate(shown):
+        x, colour = row.found, d.look.colours[row.variant]
+        axes.errorbar(
+            [x.value], [y], xerr=x.half, color=colour, marker="o" if y < len(upper) else "D",
+            capsize=2, markerfacecolor=colour if x.resolved else "white",
+        )  # fmt: skip
+    if len(upper) < len(shown):
+        axes.axhline(len(upper) - 0.5, color=GREY, linestyle=":", linewidth=1)
+    axes.set_yticks(
+        range(len(shown)), [f"{row.label} ({row.so or row.found.word})" for row in shown]
+    )
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.axvline(0, color="#444", linewidth=0.8)
+    axes.set(xlabel=f"{what}, size {d.top}, {held(d.primary)}")
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -93,23 +114,30 @@ def _rates(d: Derived, sweeps: Sequence[Sweep]) -> Any:
     return figure
 
 
-def _ladder(d: Derived, one: Ladder) -> Any:
-    if len(d.plan.sizes) < 2 or not one.arms:
+def _roofline(d: Derived) -> Any:
+    """On the roof what a variant may come to at most, a cross where its runs came to."""
+    machine, found = d.results.machine, workloads(d, d.plan.variants)
+    if machine is None or not found:
         return None
     figure, axes = new_axes(5.2, 3.4)
-    for variant, arms in one.arms.items():
-        colour = d.look.colours[variant]
-        fitted = one.fit is not None and variant in one.fit.names
-        axes.errorbar(
-            [a.flops for a in arms], [a.bpb for a in arms], yerr=[a.half or 0.0 for a in arms],
-            color=colour, marker="o", markersize=5, capsize=2, elinewidth=0.8, label=variant,
-            linestyle="none" if fitted else "-", linewidth=1,
-        )  # fmt: skip
-        if fitted:
-            axes.plot(*fitted_curve(one, variant), color=colour, linestyle=":", linewidth=1.2)
+    x, y = roof(machine, found)
+    axes.plot(x, y, color=GREY, linewidth=1.5)
+    slope, flat = roof_words(machine)
+    axes.annotate(slope, (x[0], y[0]), (10, -3), textcoords="offset points", va="top", fontsize=7)
+    axes.annotate(flat, (x[1], y[1]), (0, 6), textcoords="offset points", fontsize=7)
+    for w in found:
+        colour, label = d.look.colours[w.variant], w.variant if w.of == DECODING else None
+        at = w.bound.intensity
+        axes.plot(at, w.bound.attainable, "o" if w.of == DECODING else "s", color=colour,
+                  markersize=6, alpha=0.85, label=label)  # fmt: skip
+        if w.reached is not None:
+            axes.plot(at, w.reached, "x", color=colour)
     axes.set_xscale("log")
-    axes.set(xlabel=f"training FLOPs, {held(one.hold)}", ylabel="bits per byte, held-out")
-    axes.legend(fontsize=7)
+    axes.set_yscale("log")
+    axes.margins(y=0.12)
+    axes.set(xlabel=f"FLOPs per byte moved (○ {DECODING}, □ {TRAINING}, × reached)",
+             ylabel="FLOPs per second")  # fmt: skip
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
