@@ -4,6 +4,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import claim_toys
@@ -67,7 +68,7 @@ def test_a_run_that_trained_something_else_is_not_handed_back(tmp_path):
     run = found.reporting()[0]
     other = replace(run, recipe=replace(run.recipe, seed=7))
     with refused("differs in seed"):
-        ensure(run, directory_of(found, run), lambda _, out: MadeUp()(other, out))
+        ensure(run, directory_of(found, run), lambda run, directory: MadeUp()(other, directory))
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_a_result_of_another_recipe_is_a_stray_where_the_plan_says_its_recipe(tm
 @pytest.mark.usefixtures("unmeasured")
 def test_begun_runs_are_the_same_however_their_study_is_spelled_or_moved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trained = go(small("here", **ANY))
+    trained = go(small(Path("here"), **ANY))
     assert len(trained) == 6
     assert go(small(tmp_path / "here", **ANY)) == []
     (tmp_path / "here").rename(tmp_path / "there")
