@@ -94,13 +94,26 @@ def _valley(variant: str, compute: float, arms: Sequence[Arm]) -> Valley:
     return Valley(variant, compute, tuple(sorted(arms, key=params_of)), lowest)
 
 
-def isoflops(d: Derived, found: Sequence[Valley]) -> dict[str, IsoFlop]:
-    """How the best size grows with the budget, of each variant with two budgets or more."""
+def isoflops(d: Derived, found: Sequence[Valley]) -> tuple[dict[str, IsoFlop], dict[str, str]]:
+    """How the best size grows with the budget, of each variant with two budgets or more.
+
+    Returns:
+        By variant the line, and why there is none.
+    """
     by_variant: dict[str, dict[float, Runs]] = {}
     for valley in found:
         by_variant.setdefault(valley.variant, {})[valley.compute] = valley.runs
     sigma = d.noise.std if d.noise else None
-    return {v: isoflop(runs, sigma=sigma) for v, runs in by_variant.items() if len(runs) >= 2}
+    fits: dict[str, IsoFlop] = {}
+    refused: dict[str, str] = {}
+    for v, runs in by_variant.items():
+        if len(runs) < 2:
+            continue
+        try:
+            fits[v] = isoflop(runs, sigma=sigma)
+        except ValueError as error:  # too few budgets have an optimum, or runs a noise
+            refused[v] = str(error)
+    return fits, refused
 
 
 def best_sizes(d: Derived) -> Markup | None:
@@ -108,7 +121,7 @@ def best_sizes(d: Derived) -> Markup | None:
     found = valleys(d, d.primary)
     if not found:
         return None
-    fits = isoflops(d, found)
+    fits, refused = isoflops(d, found)
     note = lead(
         f"Sizes with the same training FLOPs, {held(d.primary)}: bits per byte over {PARAMS}, a "
         "parabola in their logarithm for each budget. Bars are 95\u00a0% intervals of the mean "
@@ -119,13 +132,14 @@ def best_sizes(d: Derived) -> Markup | None:
         f"[{fit.exponent_interval.low:.3f}, {fit.exponent_interval.high:.3f}]"
         for v, fit in fits.items()
     )
+    without = [f"No line of {v}: {why}." for v, why in refused.items()]
     keys = legend(d, tuple(dict.fromkeys(v.variant for v in found)))
     picture = switched(
         figure(d, found), keys, "study-isoflop", "By variant",
         "Loss against parameters at equal training FLOPs",
     )  # fmt: skip
-    told = lead(laws) if laws else None
-    return join(el("h3", "Best size per budget"), note, told, picture, _table(d, found, fits))
+    told = [lead(x) for x in (laws, " ".join(without)) if x]
+    return join(el("h3", "Best size per budget"), note, *told, picture, _table(d, found, fits))
 
 
 def figure(d: Derived, found: Sequence[Valley]) -> Figure:
@@ -197,7 +211,7 @@ def _traces(d: Derived, v: Valley, named: bool) -> list[Figure]:
     traces = [_look(d, v.variant) | points]
     curve = v.curve()
     if curve is not None:
-        x, y = ([float(f"{at:.7g}") for at in axis] for axis in curve)
+        x, y = ([float(f"{at:.6g}") for at in axis[::2]] for axis in curve)  # a light page
         traces.append(_look(d, v.variant) | {
             "mode": "lines", "x": x, "y": y, "hoverinfo": "skip",
             "line": {"color": colour, "width": 1.2, "dash": "dot"},
