@@ -6,7 +6,7 @@ from math import ceil, isfinite, log10
 from statistics import fmean
 
 from recipes.report.look import Look, look_of
-from recipes.report.noise import compare
+from recipes.report.noise import compare_in_pairs
 from recipes.report.records import Run
 from recipes.report.study import OverSeeds
 from recipes.statistics.noise import Spread, spread_of
@@ -123,7 +123,7 @@ class Derived:
                         continue
                     ids = tuple(run.id for run in (*arm.runs, *base.runs))
                     of[variant, size, hold] = ids
-                    judged[ids] = compare(arm.seeds, base.seeds, base.seeds)
+                    judged[ids] = compare_in_pairs(arm.seeds, base.seeds, base.seeds)
         corrected = dict(zip(judged, correct(list(judged.values())), strict=True))
         return {key: corrected[ids] for key, ids in of.items()}
 
@@ -136,7 +136,7 @@ class Derived:
                 mine, other = self.arm(control.of, size), self.arm(label, size)
                 base = self.base(size) or other
                 if mine and other and base:
-                    found[label, size] = compare(mine.seeds, other.seeds, base.seeds)
+                    found[label, size] = compare_in_pairs(mine.seeds, other.seeds, base.seeds)
         return dict(zip(found, correct(list(found.values())), strict=True))
 
     @property
@@ -157,7 +157,7 @@ class Derived:
                     arm = self.arm(variant, size, precision=precision)
                     if arm and whole and precision != self.reference:
                         base = self.base(size) or whole
-                        found[variant, precision, size] = compare(
+                        found[variant, precision, size] = compare_in_pairs(
                             arm.seeds, whole.seeds, base.seeds
                         )
         return dict(zip(found, correct(list(found.values())), strict=True))

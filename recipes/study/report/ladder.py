@@ -8,7 +8,7 @@ import numpy as np
 
 from recipes.report.records import Run
 from recipes.statistics.bootstrap import DRAWS
-from recipes.statistics.leverage import Leverage, leverage_of_curves
+from recipes.statistics.leverage import NOWHERE, Leverage, leverage_of_curves
 from recipes.statistics.paired import MIN_SEEDS
 from recipes.statistics.scaling import Fit, Runs, fit_frontiers, runs_of
 from recipes.study.report.derive import Arm, Derived
@@ -61,9 +61,14 @@ def ladder(
         if v == base:
             continue
         try:
-            leverages[v] = leverage_of_curves(enough[base], r, draws=draws, sigma=sigma)
+            found = leverage_of_curves(enough[base], r, draws=draws, sigma=sigma)
         except ValueError as error:  # no resample has an answer, as of a loss that does not fall
             refused[v] = str(error)
+        else:
+            if isfinite(found.value):
+                leverages[v] = found
+            else:
+                refused[v] = NOWHERE
     fit = fit_frontiers(enough) if joint else None
     return Ladder(hold, arms, fit, None, leverages, refused, lost, sigma)
 
