@@ -85,6 +85,7 @@ def test_a_single_run_needs_three_sigma_however_many_seeds_the_baseline_has():
     many = {seed: rng.gauss(2.46, 0.01) for seed in range(60)}
     s, mean = stdev(many.values()), sum(many.values()) / 60
     near, far = judged({99: mean - 2.7 * s}, {99: mean - 3.3 * s}, baseline=many)
+    assert near.p is not None
     assert near.p < 0.05
     assert (near.word, far.word) == ("not resolved", "better")
 
