@@ -177,7 +177,7 @@ def test_sizes_that_share_budgets_have_a_best_size_each(tmp_path):
     assert [(v.variant, v.compute) for v in found] == [
         (v, c) for v in ("swiglu", "moe") for c in (1e13, 4e13)
     ]
-    for fit in isoflops(d, found).values():
+    for fit in isoflops(d, found)[0].values():
         assert [b.size for b in fit.budgets] == pytest.approx([1e6, 2e6], rel=0.02)
         assert fit.exponent == pytest.approx(0.5, abs=0.02)
     views = figures_of(best_sizes(d))["data-study-isoflop"]["views"]
