@@ -19,7 +19,10 @@ from recipes.study.report.page import comparison_at, parts_of, render, write_stu
 from recipes.study.run import run_study
 
 DRAWS = 200
-OWN = ["verdict-rule", "learning-rates", "ladder", "controls", "costs-and-limits", "failures"]
+OWN = [
+    "verdict-rule", "learning-rates", "ladder", "time-to-target", "controls", "costs-and-limits",
+    "failures",
+]  # fmt: skip
 
 
 def made(directory, **planted):

@@ -5,7 +5,7 @@ leverage, over parameters at one token count N_eff / N: the curve's x says which
 """
 
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 
 import numpy as np
 
@@ -67,9 +67,9 @@ class Leverage:
     def gap_worth(self) -> float:
         """What the gap is worth in units of ln x, by the local slope; above zero favours it.
 
-        0.1 is about 10 % of the compute (comparison.md 6.4).
+        0.1 is about 10 % of the compute (comparison.md 6.4); NaN for a curve that does not fall.
         """
-        return (self.loss - self.baseline_loss) / self.slope
+        return (self.loss - self.baseline_loss) / self.slope if self.slope < 0 else nan
 
 
 def leverage_of_curves(

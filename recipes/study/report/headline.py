@@ -6,17 +6,21 @@ from recipes.report import text
 from recipes.report.headline import fact
 from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, chip, el, join, lead
-from recipes.statistics.paired import EQUIVALENCE
+from recipes.statistics.paired import EQUIVALENCE, MIN_SEEDS
 from recipes.study.report.derive import Derived, Told
 from recipes.study.report.forest import Row, forest
+from recipes.study.report.ladder import LEAST
 from recipes.study.report.names import held, variant_name
+from recipes.study.report.rule import PARAMS_HELD
 
 
 def headline(d: Derived) -> Markup:
     """Facts, a picture of the primary cell, the verdict table, what the seeds can tell."""
     facts = (fact(*given) for given in _facts(d))
     picture = forest(d, verdict_rows(d), d.plan.baseline.variant)
-    return join(el("div", *facts, class_="facts"), _summary(d), picture, _table(d), _power(d))
+    return join(
+        el("div", *facts, class_="facts"), _summary(d), _beyond(d), picture, _table(d), _power(d)
+    )
 
 
 def _facts(d: Derived) -> list[tuple[str, str, str]]:
@@ -70,6 +74,26 @@ def _summary(d: Derived) -> Markup:
             f"Begun from another run's weights, whose compute is not counted: {', '.join(begun)}. "
         )
     return el("p", el("strong", told), more, left, untuned, more_compute, class_="lead")
+
+
+def _beyond(d: Derived) -> Markup | None:
+    """What the study lacks by its plan to call anything better; None where nothing."""
+    p, lacks = d.plan, []
+    seeds = len({r.seed for r in d.planned("reporting")})
+    if 0 < seeds < MIN_SEEDS:
+        lacks.append(f"(a) asks for {MIN_SEEDS} seeds, and it has {seeds}")
+    if len(p.sizes) < LEAST:
+        few, n = LEAST - len(p.sizes), len(p.sizes)
+        lacks.append(
+            f"(b) asks for a leverage, fitted to {LEAST} budgets at least, and it has {n} "
+            f"size{'s' * (n > 1)}: {few} more {'is' if few == 1 else 'are'} missing"
+        )
+    if PARAMS_HELD not in p.holds:
+        lacks.append("(c) asks for a matching at equal parameters, and it holds none")
+    if not lacks or not d.others:
+        return None
+    told = "This study cannot call anything better by the rule, however its runs end: "
+    return lead(el("strong", told), "; ".join(lacks), ".")
 
 
 def verdict_rows(d: Derived) -> list[Row]:

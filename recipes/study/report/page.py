@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipes import record
+from recipes.report.noise import compare_in_pairs
 from recipes.report.page import compose, download, write_page
 from recipes.report.records import SCHEMA, Comparison, Results
 from recipes.report.sections import Section, sections
@@ -24,6 +25,7 @@ from recipes.study.report.markdown import verdicts
 from recipes.study.report.rates import learning_rates
 from recipes.study.report.rule import Ruling, rulings
 from recipes.study.report.scaling import scaling
+from recipes.study.report.targets import targets
 from recipes.study.report.tuning import Sweep, sweeps
 
 
@@ -107,6 +109,7 @@ def _own(parts: Parts) -> list[Section]:
         ("Verdict rule", rule(d, parts.rulings)),
         ("Learning rates", learning_rates(d, parts.sweeps)),
         ("Ladder", scaling(d, parts.ladders, parts.seconds)),
+        ("Time to target", targets(d)),
         ("Precision over sizes", gaps(d)),
         ("Controls", controls(d)),
         ("Costs and limits", costs(d)),
@@ -120,7 +123,8 @@ def comparison_sections(d: Derived) -> list[Section]:
     results = comparison_at(d)
     if results is None:
         return []
-    data = replace(study(results), look=d.look)  # a variant has one colour on the whole page
+    judged = study(results, compared=compare_in_pairs)
+    data = replace(judged, look=d.look)  # a variant has one colour on the whole page
     return [replace(part, title=f"{d.top}: {part.title}") for part in sections(data)]
 
 

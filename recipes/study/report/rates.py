@@ -10,6 +10,7 @@ from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
 from recipes.statistics.bootstrap import Array
 from recipes.statistics.parabola import Vertex, vertex
+from recipes.statistics.rates import LEAST_POINTS
 from recipes.study.report.derive import Derived
 from recipes.study.report.names import legend, variant_name
 from recipes.study.report.tuning import Sweep
@@ -36,7 +37,27 @@ def learning_rates(d: Derived, found: list[Sweep]) -> Markup | None:
         variants = tuple(dict.fromkeys(s.variant for s in found))
         keys = legend(d, variants)
         shown = switched(picture, keys, "study-rates", "By size", "Loss against learning rate")
-    return join(_alarm(found), note, shown, _table(d, found))
+    return join(_alarm(found), note, shown, _grids(found), _table(d, found))
+
+
+def _grids(found: list[Sweep]) -> Markup | None:
+    """Where sweeps tried different rates: which of them the sensitivity is taken over."""
+    told: list[str] = []
+    for size, precision in dict.fromkeys((s.size, s.precision) for s in found):
+        mine = [s for s in found if (s.size, s.precision) == (size, precision) and s.enough]
+        if len({frozenset(s.losses) for s in mine}) < 2:
+            continue
+        rates = ", ".join(f"{lr:.3g}" for lr in mine[0].shared)
+        over = (
+            f"of {rates} alone" if rates else f"of none, for fewer than {LEAST_POINTS} are shared"
+        )
+        told.append(f"{size} in {precision}: {over}")
+    if not told:
+        return None
+    return lead(
+        "Not every sweep has the same rates, and sensitivity is compared over the shared ones: "
+        f"{'; '.join(told)}."
+    )
 
 
 def _alarm(found: list[Sweep]) -> Markup | None:
@@ -155,7 +176,7 @@ def _table(d: Derived, found: list[Sweep]) -> Markup:
         sort_head("Bits per byte", title="at the optimum"),
         sort_head("Place", False, title="of the best rate among those tried"),
         sort_head("Sensitivity", title="mean of min(loss, that of a uniform guess) minus the best, "
-                  "over the rates; arXiv:2309.14322"),
+                  "over the rates that all sweeps of a size have; arXiv:2309.14322"),
         sort_head("Misfit", title="of the parabola, root mean square"),
         sort_head("Next", False, title="rates to try next"),
         sort_head("Not there", False, title="rates that failed, or were not run yet"),

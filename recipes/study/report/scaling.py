@@ -11,10 +11,12 @@ from recipes.report.tables import num_cell, sort_head, sortable
 from recipes.report.text import Markup, el, join, lead
 from recipes.statistics.checks import bend
 from recipes.study.report.derive import Arm, Derived
+from recipes.study.report.holdout import held_out
 from recipes.study.report.isoflop import best_sizes
 from recipes.study.report.ladder import LEAST, Ladder
 from recipes.study.report.names import held, legend, variant_name
 from recipes.study.report.rule import leverage_words
+from recipes.study.report.targets import SHARED
 
 POINTS = 41  # of a fitted curve
 PAST = 1.5  # times the largest budget, up to which it is drawn
@@ -40,6 +42,7 @@ def scaling(d: Derived, ladders: list[Ladder], seconds: Ladder) -> Markup | None
         *fits,
         switched(shown, keys, "study-ladder", "By matching", "Loss against training FLOPs"),
         _leverages(d, ladders, seconds),
+        held_out(d, ladders),
         _residuals(d, ladders[0]),
         best_sizes(d),
     )
@@ -138,7 +141,8 @@ def _leverages(d: Derived, ladders: list[Ladder], seconds: Ladder) -> Markup | N
     ]  # fmt: skip
     note = lead(
         "From both fitted curves with one floor, at the variant's largest budget. A value read "
-        "more than twice outside the baseline's budgets is extrapolated, and not claimed."
+        "more than twice outside the baseline's budgets is extrapolated, and not claimed. ",
+        SHARED if seconds.leverages else None,
     )
     return join(el("h3", "Leverage"), note, sortable(heads, rows))
 
@@ -149,6 +153,8 @@ def _leverage_row(
     found = one.leverages[variant]
     flags = leverage_words(one, variant).partition("], ")[2]
     word = el("span", flags, class_="chip worse") if found.extrapolated else flags
+    percent = text.signed(100 * found.gap_worth, 0)
+    worth = f"worth {percent} % of the {of}, by the slope of the baseline's curve there"
     return el(
         "tr",
         el("td", variant_name(d, variant)),
@@ -157,7 +163,7 @@ def _leverage_row(
         num_cell(found.value, f"{found.value:.3g}×" if isfinite(found.value) else "∞"),
         el("td", f"{found.interval.low:.3g} to {found.interval.high:.3g}"),
         num_cell(found.x, shown(found.x)),
-        num_cell(found.gap_percent, f"{text.signed(found.gap_percent, 2)}\u00a0%"),
+        num_cell(found.gap_percent, f"{text.signed(found.gap_percent, 2)}\u00a0%", worth),
         el("td", word),
     )
 
