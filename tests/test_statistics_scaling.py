@@ -1,5 +1,6 @@
 """Scaling laws: known ones recovered, leverage of known shifts, intervals against chance."""
 
+from dataclasses import replace
 from math import inf, log
 
 import numpy as np
@@ -201,6 +202,31 @@ def test_reading_far_outside_the_baseline_is_flagged():
     assert (inside.beyond, inside.extrapolated) == (1.0, False)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_baseline_that_does_not_fall_has_no_leverage(seed):
+    """Its curve has no budget for the loss, and most resamples none either: nothing is above 1."""
+    rng, x = np.random.default_rng(seed), np.repeat(BUDGETS[:4], 3)
+    base = noisy(x, 3.0 + 0.005 * np.log10(x / 1e16), 0.01, rng)
+    found = leverage_of_curves(base, runs_of(x, 0.9 * frontier(x)), draws=200)
+    assert found.interval.low > 1  # of the resamples that gave a number
+    assert found.interval.lost > 0.5
+    assert np.isnan(found.value)
+    assert found.extrapolated
+    assert found.unsure == "no budget brings the baseline's fitted curve to this loss"
+
+
+def test_what_a_leverage_needs_to_be_known():
+    runs = runs_of(BUDGETS, frontier(BUDGETS))
+    found = leverage_of_curves(runs, runs_of(BUDGETS, frontier(3 * BUDGETS)), sigma=1e-5, draws=50)
+    assert (found.extrapolated, found.unsure) == (True, None)  # above one for certain
+    lost = replace(found.interval, lost=0.05)
+    assert "starts disagree" in (replace(found, settled=False).unsure or "")
+    assert "5% of the resamples" in (replace(found, interval=lost).unsure or "")
+    beyond = leverage_of_curves(runs, runs, at=2.1e18, sigma=1e-5, draws=50)
+    assert "read 2.1× outside" in (beyond.unsure or "")
+    assert leverage_of_curves(runs, runs, at=1.9e18, sigma=1e-5, draws=50).unsure is None
+
+
 def covered_by_frontiers(studies, draws):
     """Shares of intervals with the true exponent, floor and loss at four times the top budget."""
     rng, x, covered = np.random.default_rng(6), np.repeat(BUDGETS, 2), np.zeros(3)
@@ -362,6 +388,14 @@ def test_isoflop_optima_and_their_line():
     edge = isoflop({1e16: small, 1e17: runs(1e17)}, sigma=1e-4, draws=100)
     assert [b.place for b in edge.budgets] == ["above", "interior"]
     assert not edge.interior
+    vault = runs_of([1e6, 2e6, 4e6, 8e6], [3.1, 3.2, 3.2, 3.1])  # highest between its ends
+    bent = isoflop({1e15: vault, 1e16: runs(1e16), 1e17: runs(1e17)}, sigma=1e-4, draws=100)
+    assert bent.exponent == pytest.approx(0.5, rel=1e-6)
+    assert 0.5 in bent.exponent_interval
+    assert np.isnan(bent.budgets[0].size)
+    assert bent.budgets[0].size_interval is None
+    with pytest.raises(ValueError, match="of 2 budgets 1 have a size of lowest loss"):
+        isoflop({1e16: vault, 1e17: runs(1e17)}, sigma=1e-4, draws=100)
     with pytest.raises(ValueError, match="needs three sizes at least, got 2"):
         isoflop({1e16: runs_of([1e6, 2e6], [3.0, 3.1]), 1e17: runs(1e17)})
 

@@ -26,12 +26,12 @@ class Budget:
     size: float  # NaN where the parabola has no lowest point
     loss: float  # there
     place: Literal["interior", "below", "above"]  # where the optimum lies to the sizes tried
-    size_interval: Interval
+    size_interval: Interval | None  # None where there is none to be found
 
 
 @dataclass(frozen=True, kw_only=True)
 class IsoFlop:
-    """N* = coefficient * C^exponent through the optima of several budgets."""
+    """N* = coefficient * C^exponent through the optima of those budgets that have one."""
 
     budgets: tuple[Budget, ...]  # by compute
     exponent: float
@@ -58,6 +58,9 @@ def isoflop(
         draws, seed: of the bootstrap.
         sigma: the noise of one run, added to each; None: runs are drawn with replacement within
             their budget, which needs several per size or many sizes.
+
+    Raises:
+        ValueError: where fewer than two budgets have an optimum, or three sizes.
     """
     if len(budgets) < 2:
         raise ValueError(f"a line needs two budgets at least, got {len(budgets)}")
@@ -69,18 +72,25 @@ def isoflop(
         logs = np.log(runs.x)
         found = vertex(logs, runs.loss)
         many = _vertices(logs, runs, draws, seed + i, sigma)
+        known = np.isfinite(found.at) and np.isfinite(many).any()
         points.append(
             Budget(
                 compute=compute,
                 size=float(np.exp(found.at)),
                 loss=float(found.low),
                 place=_place(runs, float(found.at)),
-                size_interval=percentile_interval(np.exp(many)),
+                size_interval=percentile_interval(np.exp(many)) if known else None,
             )
         )
-        drawn.append(many)
-    x = np.log([b.compute for b in points])
-    exponent, coefficient = _line(x, np.log([[b.size for b in points]]))
+        if known:
+            drawn.append(many)
+    lowest = [b for b in points if b.size_interval is not None]
+    if len(lowest) < 2:
+        raise ValueError(
+            f"of {len(points)} budgets {len(lowest)} have a size of lowest loss: a line needs two"
+        )
+    x = np.log([b.compute for b in lowest])
+    exponent, coefficient = _line(x, np.log([[b.size for b in lowest]]))
     exponents, _ = _line(x, np.stack(drawn, axis=1))
     return IsoFlop(
         budgets=tuple(points),
