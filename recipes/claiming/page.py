@@ -18,7 +18,9 @@ RULE = (
     "Differences are taken seed by seed; p is corrected over the tests of a claim (Holm), the "
     "interval is not, and below three seeds nothing is claimed. Equality is two one-sided tests "
     "against a stated margin. A claim is reproduced where all its tests are, and contradicted "
-    "where any is. These are models of a few hundred thousand to a few million parameters, "
+    "where any is. A loss that diverged on one side alone, in three seeds or more and most of them, "
+    "counts as infinite; where seeds differ by the same number to the last digit, that number is "
+    "judged. These are models of a few hundred thousand to a few million parameters, "
     "trained for minutes: a verdict is of the claim at this scale."
 )
 MEBI = 2**20
@@ -124,6 +126,8 @@ def _test(j: Judged) -> list[str]:
     if test.measure == "weight_bytes_per_token":
         what += f", {test.tokens} at once"
     verdict = j.verdict if j.verdict in ("reproduced", "contradicted") else _open(j)
+    if j.estimate is None and verdict == j.verdict:
+        verdict += f": {j.how}"  # one side alone diverged
     return [
         what, _threshold(test), _figure(j.of, form), _figure(j.against, form), _estimate(j),
         "exact" if j.how == "counted" else _figure(j.p_holm, ".3g"), verdict,
