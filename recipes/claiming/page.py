@@ -18,9 +18,9 @@ RULE = (
     "Differences are taken seed by seed; p is corrected over the tests of a claim (Holm), the "
     "interval is not, and below three seeds nothing is claimed. Equality is two one-sided tests "
     "against a stated margin. A claim is reproduced where all its tests are, and contradicted "
-    "where any is. A loss that diverged on one side alone, in three seeds or more and most of them, "
-    "counts as infinite; where seeds differ by the same number to the last digit, that number is "
-    "judged. These are models of a few hundred thousand to a few million parameters, "
+    "where any is. A loss that diverged on one side alone, in three seeds or more and most of "
+    "them, counts as infinite; where seeds differ by the same number to the last digit, that "
+    "number is judged. These are models of a few hundred thousand to a few million parameters, "
     "trained for minutes: a verdict is of the claim at this scale."
 )
 MEBI = 2**20
