@@ -114,6 +114,22 @@ def perturb(losses: ArrayLike, sigma: float, *, draws: int = DRAWS, seed: int = 
     return known + sigma * np.random.default_rng(seed).standard_normal((draws, known.size))
 
 
+def means(
+    losses: ArrayLike, *, draws: int = DRAWS, seed: int = 0, sigma: float | None = None
+) -> Array:
+    """Resampled means of runs at one place: [draws].
+
+    Args:
+        losses: [n].
+        draws, seed: of the generator.
+        sigma: noise of one run, added; None: runs are drawn with replacement.
+    """
+    known, generator = np.asarray(losses, dtype=np.float64), np.random.default_rng(seed)
+    if sigma is not None:
+        return known.mean() + sigma / np.sqrt(known.size) * generator.standard_normal(draws)
+    return known[generator.integers(known.size, size=(draws, known.size))].mean(1)
+
+
 def _codes(
     n: int,
     labels: Sequence[object] | None,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import stdtr
 
-from recipes.statistics.bootstrap import DRAWS, Array, Interval, percentile_interval
+from recipes.statistics.bootstrap import DRAWS, Interval, means, percentile_interval
 from recipes.statistics.resampled import resampled
 from recipes.statistics.scaling import Runs, fit_frontier
 
@@ -55,7 +55,7 @@ def hold_out(
     kept, left = _without_top(runs)
     top, fit = float(left.x.max()), fit_frontier(kept)
     (again,) = resampled(fit, draws=draws, seed=seed, sigma=sigma).frontiers.values()
-    measured = _means(left.loss, draws=draws, seed=seed + 1, sigma=sigma)
+    measured = means(left.loss, draws=draws, seed=seed + 1, sigma=sigma)
     return HoldOut(
         at=top,
         below=float(kept.x.max()),
@@ -69,14 +69,6 @@ def _without_top(runs: Runs) -> tuple[Runs, Runs]:
     out = runs.x > runs.x.max() * (1 - 1e-9)
     kept, left = (Runs(x=runs.x[mask], loss=runs.loss[mask]) for mask in (~out, out))
     return kept, left
-
-
-def _means(losses: Array, *, draws: int, seed: int, sigma: float | None) -> Array:
-    """Resampled means of some runs: [draws]."""
-    generator, n = np.random.default_rng(seed), len(losses)
-    if sigma is not None:
-        return losses.mean() + sigma / np.sqrt(n) * generator.standard_normal(draws)
-    return losses[generator.integers(n, size=(draws, n))].mean(1)
 
 
 @dataclass(frozen=True, kw_only=True)

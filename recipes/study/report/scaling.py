@@ -14,6 +14,7 @@ from recipes.study.report.derive import Arm, Derived
 from recipes.study.report.holdout import held_out
 from recipes.study.report.isoflop import best_sizes
 from recipes.study.report.ladder import LEAST, Ladder
+from recipes.study.report.law import parameters_and_tokens
 from recipes.study.report.names import held, legend, variant_name
 from recipes.study.report.rule import leverage_words
 from recipes.study.report.targets import SHARED
@@ -45,6 +46,7 @@ def scaling(d: Derived, ladders: list[Ladder], seconds: Ladder) -> Markup | None
         held_out(d, ladders),
         _residuals(d, ladders[0]),
         best_sizes(d),
+        parameters_and_tokens(d),
     )
 
 
