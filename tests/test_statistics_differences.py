@@ -1,4 +1,4 @@
-"""Differences by seed against scipy's tests, Holm, power, targets, and against chance."""
+"""Differences by seed against scipy's tests, Holm, power, and against chance."""
 
 from math import inf, nan, sqrt
 from statistics import stdev
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recipes.statistics import paired, power, target
+from recipes.report.noise import compare_in_pairs
+from recipes.statistics import paired, power
 from recipes.statistics.noise import Spread, mean_interval, spread_of
-from recipes.statistics.paired import by_noise, difference, judge_table
+from recipes.statistics.paired import by_noise, difference
 from recipes.statistics.verdicts import Difference, correct, holm
 
 BASELINE = {0: 3.310, 1: 3.302, 2: 3.318, 3: 3.306, 4: 3.313}
@@ -18,6 +19,12 @@ BASELINE = {0: 3.310, 1: 3.302, 2: 3.318, 3: 3.306, 4: 3.313}
 
 def group(*losses, start=0):
     return dict(enumerate(losses, start))
+
+
+def table_of(variants, baseline):
+    """Every variant against the baseline, judged and corrected as a study's report does."""
+    judged = [compare_in_pairs(seeds, baseline, baseline) for seeds in variants.values()]
+    return dict(zip(variants, correct(judged), strict=True))
 
 
 def test_seeds_in_common_are_compared_in_pairs():
@@ -49,31 +56,13 @@ def test_other_seeds_are_compared_by_welch():
     assert (d.how, d.correlation) == ("Welch's test: other seeds", None)
 
 
-def test_pairs_that_do_not_correlate_are_paired_unless_told():
+def test_pairs_that_do_not_correlate_are_paired_too():
     variant = group(3.296, 3.303, 3.291, 3.299, 3.290)  # high where the baseline is low
-    both = [difference(variant, BASELINE, pairing=p) for p in ("shared", "correlated")]
-    assert [d.how for d in both] == [
-        "paired over 5 seeds",
-        "Welch's test: the pairs do not correlate",
-    ]
-    for d in both:
-        assert d.correlation is not None
-        assert d.correlation < 0
-    expected: Any = stats.ttest_ind(
-        list(variant.values()), list(BASELINE.values()), equal_var=False
-    )
-    assert both[1].p == pytest.approx(expected.pvalue)
-    with pytest.raises(ValueError, match="unknown pairing 'always'"):
-        difference(variant, BASELINE, pairing="always")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("pairing", ["shared", "correlated"])
-def test_negative_pairs_never_count_as_narrower(pairing):
-    """What "correlated" buys: where it differs from pairing its interval is the narrower one."""
-    variant = group(3.296, 3.303, 3.291, 3.299, 3.290)
-    halves = {p: difference(variant, BASELINE, pairing=p).half for p in ("shared", "correlated")}
-    assert halves["correlated"] < halves["shared"]
-    assert difference(variant, BASELINE, pairing=pairing).half == halves[pairing]
+    d = difference(variant, BASELINE)
+    assert d.correlation is not None
+    assert d.correlation < 0
+    expected: Any = stats.ttest_rel(list(variant.values()), list(BASELINE.values()))
+    assert (d.p, d.how) == (pytest.approx(expected.pvalue), "paired over 5 seeds")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +85,7 @@ def test_where_nothing_can_be_claimed_nothing_is(variant, baseline, why):
 
 def test_equivalence_is_two_one_sided_tests():
     variant = group(3.3105, 3.3015, 3.3178, 3.3066, 3.3124)
-    d = judge_table({"v": variant}, BASELINE)["v"]
+    (d,) = correct([difference(variant, BASELINE)])
     pairs = [variant[s] - BASELINE[s] for s in BASELINE]
     margin = 0.0025 * np.mean(list(BASELINE.values()))
     ends: Any = [
@@ -106,12 +95,13 @@ def test_equivalence_is_two_one_sided_tests():
     assert d.margin == pytest.approx(margin)
     assert d.p_equal == pytest.approx(max(end.pvalue for end in ends))
     assert d.word == "equivalent"
-    assert judge_table({"v": variant}, BASELINE, margin=1e-5)["v"].word == "not resolved"
+    (strict,) = correct([difference(variant, BASELINE, margin=1e-5)])
+    assert strict.word == "not resolved"
 
 
 def test_a_small_but_clear_difference_is_better_and_within_the_margin():
     variant = {s: x - 0.002 + 1e-5 * s for s, x in BASELINE.items()}
-    d = judge_table({"v": variant}, BASELINE)["v"]
+    d = table_of({"v": variant}, BASELINE)["v"]
     assert (d.word, d.equivalent) == ("better", True)
 
 
@@ -217,7 +207,7 @@ def false_tables(n, rho, tables):
     """Of tables of four variants that equal the baseline, those that call any better or worse."""
     rng = np.random.default_rng([n, int(10 * rho)])
     return sum(
-        any(d.resolved for d in judge_table(*simulated(rng, n, rho, 4)).values())
+        any(d.resolved for d in table_of(*simulated(rng, n, rho, 4)).values())
         for _ in range(tables)
     )
 
@@ -238,16 +228,20 @@ def test_many_tables_of_equal_variants(n, rho):
 
 
 def test_the_sign_of_the_correlation_must_not_pick_the_test():
-    """Why "shared" is the default: Welch where pairs happen not to correlate misses too often."""
+    """Why pairs are always taken: Welch where they happen not to correlate misses too often."""
     rng, tables = np.random.default_rng(1), 3000
-    missed = {"shared": 0, "correlated": 0}
+    paired_missed = picked_missed = 0
     for _ in range(tables):
         variants, base = simulated(rng, 5, 0.0, 1)
-        for pairing in missed:
-            d = difference(variants["0"], base, pairing=pairing)
-            missed[pairing] += d.p is not None and d.p <= 0.05
-    assert missed["shared"] / tables == pytest.approx(0.05, abs=0.01)
-    assert missed["correlated"] / tables > 0.057
+        d = difference(variants["0"], base)
+        picked = d
+        if d.correlation is not None and d.correlation <= 0:
+            others = {seed + 100: loss for seed, loss in variants["0"].items()}
+            picked = difference(others, base)  # no seed in common: Welch's test
+        paired_missed += d.p is not None and d.p <= 0.05
+        picked_missed += picked.p is not None and picked.p <= 0.05
+    assert paired_missed / tables == pytest.approx(0.05, abs=0.01)
+    assert picked_missed / tables > 0.057
 
 
 def test_intervals_cover_and_a_planted_percent_is_found():
@@ -256,7 +250,7 @@ def test_intervals_cover_and_a_planted_percent_is_found():
         variants, base = simulated(rng, 5, 0.5, 4, shift=-0.01)
         low, high = difference(variants["0"], base).interval or (0.0, 0.0)
         covered += low <= -0.033 <= high
-        found += judge_table(variants, base)["0"].word == "better"
+        found += table_of(variants, base)["0"].word == "better"
     assert covered / tables == pytest.approx(0.95, abs=0.025)
     # 3.3 sigma in pairs that correlate by 0.5; the smallest of four needs alpha / 4
     expected = power.power_of(0.033, 0.01, 5, alpha=0.05 / 4, correlation=0.5)
@@ -269,46 +263,9 @@ def test_unequal_variants_are_called_equivalent_as_seldom_as_promised():
     rng, tables, false = np.random.default_rng(3), 1000, 0
     for _ in range(tables):
         variants, base = simulated(rng, 5, 0.5, 1, shift=0.0025, sigma=0.002)
-        d = judge_table(variants, base, margin=0.0025 * 3.3)["0"]
+        d = table_of(variants, base)["0"]
         false += d.equivalent
     assert 0.03 < false / tables < 0.07
-
-
-def test_a_target_is_reached_beyond_doubt():
-    losses = [3.2780, 3.2771, 3.2784, 3.2769, 3.2777]
-    expected: Any = stats.ttest_1samp(losses, 3.28, alternative="less")
-    found = target.below_target(losses, 3.28)
-    assert found.p == pytest.approx(expected.pvalue)
-    assert found.passed
-    assert not target.below_target(losses, 3.2779).passed
-    assert not target.below_target([3.0], 3.28).passed  # one run shows no noise
-    assert not target.below_target([3.0, nan, 3.0], 3.28).passed
-
-
-def test_a_known_noise_needs_fewer_runs():
-    assert target.below_target_by([3.276], 3.28)  # the rules' own examples
-    assert target.below_target_by([3.278] * 4, 3.28)
-    assert not target.below_target_by([3.278] * 3, 3.28)
-    assert pytest.approx(0.004, abs=5e-5) == target.DEVIATIONS * target.SIGMA
-    assert stats.norm.sf(target.DEVIATIONS) == pytest.approx(0.001, rel=0.01)
-    with pytest.raises(ValueError, match="losses is empty"):
-        target.below_target_by([], 3.28)
-
-
-def test_steps_saved_count_as_loss():
-    slope = target.slope_per_step((3000, 3.2845), (3100, 3.28))
-    assert slope == pytest.approx(4.5e-5)
-    assert target.slope_per_log(slope, 3000, 3100) == pytest.approx(0.137, abs=1e-3)
-    old = target.Stopped(losses=[3.28, 3.2795], step=3100)
-    new = target.Stopped(losses=[3.2801, 3.2799], step=2980)
-    ahead, enough = target.ahead_of(new, old, slope=slope)
-    assert ahead == pytest.approx((3.27975 - 3.28 + slope * 120) / sqrt(1 / 2 + 1 / 2))
-    assert enough
-    same, _ = target.ahead_of(old, old, slope=slope)
-    assert same == 0.0
-    assert target.ahead_of(old, new, slope=slope)[0] == pytest.approx(-ahead)
-    with pytest.raises(ValueError, match="slope must be positive"):
-        target.ahead_of(new, old, slope=-1.0)
 
 
 def test_constants_are_the_protocols():

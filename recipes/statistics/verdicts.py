@@ -1,15 +1,14 @@
 """What a difference comes to, and Holm's correction over a table (comparison.md 5.2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 from scipy.special import stdtr  # Student's t
 
 from recipes.statistics.noise import LEVEL, half_width
 
 Word = Literal["better", "worse", "equivalent", "not resolved"]
-Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +110,3 @@ def correct(differences: Sequence[Difference]) -> list[Difference]:
         )
         for d in differences
     ]
-
-
-def correct_table(table: Mapping[Key, Difference]) -> dict[Key, Difference]:
-    """`correct`, by name."""
-    return dict(zip(table, correct(list(table.values())), strict=True))
