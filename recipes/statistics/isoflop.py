@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -25,27 +24,16 @@ class Budget:
     compute: float
     size: float  # NaN where the parabola has no lowest point
     loss: float  # there
-    place: Literal["interior", "below", "above"]  # where the optimum lies to the sizes tried
     size_interval: Interval | None  # None where there is none to be found
 
 
 @dataclass(frozen=True, kw_only=True)
 class IsoFlop:
-    """N* = coefficient * C^exponent through the optima of those budgets that have one."""
+    """N* grows as C^exponent through the optima of those budgets that have one."""
 
     budgets: tuple[Budget, ...]  # by compute
     exponent: float
-    log_coefficient: float
     exponent_interval: Interval
-
-    def size(self, compute: float) -> float:
-        """The best size for a compute budget, on the line."""
-        return float(np.exp(self.log_coefficient + self.exponent * np.log(compute)))
-
-    @property
-    def interior(self) -> bool:
-        """Whether every budget was tried with sizes on both sides of its optimum."""
-        return all(b.place == "interior" for b in self.budgets)
 
 
 def isoflop(
@@ -78,7 +66,6 @@ def isoflop(
                 compute=compute,
                 size=float(np.exp(found.at)),
                 loss=float(found.low),
-                place=_place(runs, float(found.at)),
                 size_interval=percentile_interval(np.exp(many)) if known else None,
             )
         )
@@ -90,12 +77,11 @@ def isoflop(
             f"of {len(points)} budgets {len(lowest)} have a size of lowest loss: a line needs two"
         )
     x = np.log([b.compute for b in lowest])
-    exponent, coefficient = _line(x, np.log([[b.size for b in lowest]]))
-    exponents, _ = _line(x, np.stack(drawn, axis=1))
+    exponent = _slope(x, np.log([[b.size for b in lowest]]))
+    exponents = _slope(x, np.stack(drawn, axis=1))
     return IsoFlop(
         budgets=tuple(points),
         exponent=float(exponent[0]),
-        log_coefficient=float(coefficient[0]),
         exponent_interval=percentile_interval(exponents),
     )
 
@@ -115,17 +101,7 @@ def _vertices(logs: Array, runs: Runs, draws: int, seed: int, sigma: float | Non
     return vertex(logs, runs.loss, counts).at
 
 
-def _place(runs: Runs, at: float) -> Literal["interior", "below", "above"]:
-    """By the parabola, or by the best size where it has no lowest point."""
-    low, high = np.log(runs.x.min()), np.log(runs.x.max())
-    where = at if np.isfinite(at) else np.log(runs.x[runs.loss.argmin()])
-    if low < where < high:
-        return "interior"
-    return "below" if where <= low else "above"
-
-
-def _line(x: Array, y: Array) -> tuple[Array, Array]:
-    """Slope and value at zero by least squares: y is [b, n], answers [b]."""
+def _slope(x: Array, y: Array) -> Array:
+    """By least squares: y is [b, n], answers [b]."""
     centred = x - x.mean()
-    slope = (y @ centred) / (centred @ centred)
-    return slope, y.mean(1) - slope * x.mean()
+    return (y @ centred) / (centred @ centred)

@@ -75,7 +75,11 @@ def _row(
 ) -> dict[str, Cell]:
     place: dict[str, Cell] = {"table": table, "size": size, "held": hold}
     value = difference_row((variant, precision), to, x)
-    return place | value | {"p_equivalent_holm": x.p_equal_holm, "sigma": x.sigma}
+    more: dict[str, Cell] = {
+        "p_equivalent_holm": x.p_equal_holm, "sigma": x.sigma, "in_sigma": x.effect,
+        "correlation": x.correlation,
+    }  # fmt: skip
+    return place | value | more
 
 
 def latex(d: Derived) -> str:
