@@ -8,11 +8,13 @@ from study_report_data import MadeUpStudy
 from test_report import Page, sections_of
 
 from recipes.study.gather import gather
+from recipes.study.report.costs import costs
 from recipes.study.report.derive import Derived
 from recipes.study.report.headline import headline
 from recipes.study.report.holdout import hold_outs
 from recipes.study.report.page import parts_of, render
-from recipes.study.report.targets import SHARED, targets_of, trace_of
+from recipes.study.report.scaling import scaling
+from recipes.study.report.targets import SHARED, targets, targets_of, trace_of
 
 DRAWS = 200
 FIVE = ("xs", "s", "m", "l", "xl")
@@ -185,7 +187,8 @@ def test_what_a_study_cannot_say_stands_at_its_top(tmp_path, planted, lacks):
     assert len(letters) == len(lacks)
 
 
-def test_seconds_of_a_shared_machine_are_told_beside_the_leverage(tmp_path):
-    parts = made(MadeUpStudy(controls=False, steps=20), tmp_path)
+def test_seconds_of_a_shared_machine_are_told_wherever_they_stand(tmp_path):
+    parts = made(MadeUpStudy(controls=False), tmp_path)
     assert parts.seconds.leverages
-    assert SHARED in Page(render(parts)).text
+    for shown in (scaling(parts.d, parts.ladders, parts.seconds), costs(parts.d), targets(parts.d)):
+        assert SHARED in Page(shown).text

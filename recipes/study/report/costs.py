@@ -11,6 +11,7 @@ from recipes.study.report.binds import what_binds
 from recipes.study.report.derive import Arm, Derived
 from recipes.study.report.names import held, variant_name
 from recipes.study.report.roofline import had, reached
+from recipes.study.report.targets import SHARED
 from recipes.study.trace import AGREES
 
 
@@ -123,7 +124,7 @@ def _measured(d: Derived, arms: Sequence[Arm]) -> Markup:
     elsewhere = [arm.variant for arm in arms if limits is not None and not had(arm, limits)]
     note = lead(
         f"{'; '.join(machines)}. Speed and memory say how mature a kernel is as much as what an "
-        "idea costs: they are no part of the verdict on quality.",
+        f"idea costs: they are no part of the verdict on quality. {SHARED}",
         " The limits below were measured on another machine, or with other threads, than some runs "
         f"had, which so have no MFU: {', '.join(elsewhere)}." if elsewhere else None,
     )  # fmt: skip
