@@ -308,7 +308,7 @@ def test_a_study_that_was_run_writes_its_plan_and_is_traced(tmp_path):
     results = gather(study_directory(str(tmp_path)))
     plan = results.plan
     assert [run.stage for run in plan.runs].count("tuning") == 3 * 3
-    assert list(results.failures) == ["moe-bf16-lr0.004-s100"]
+    assert list(results.failures) == ["moe-bf16-lr0.004-s100", "base-moe-bf16"]
     assert set(plan.controls) == {"moe:random-router"}
     assert results.traces.keys() == plan.models.keys()
     for key, traced in results.traces.items():  # every token takes as many experts
