@@ -14,14 +14,14 @@ from recipes.statistics.noise import mean_interval
 
 RULE = (
     "A test is **reproduced** where its 95 % interval lies on the right side of its threshold, "
-    "**contradicted** where it lies on the wrong side, and **not resolved** where it covers it. "
-    "Differences are taken seed by seed; p is corrected over the tests of a claim (Holm), the "
-    "interval is not, and below three seeds nothing is claimed. Equality is two one-sided tests "
-    "against a stated margin. A claim is reproduced where all its tests are, and contradicted "
-    "where any is. A loss that diverged on one side alone, in three seeds or more and most of "
-    "them, counts as infinite; where seeds differ by the same number to the last digit, that "
-    "number is judged. These are models of a few hundred thousand to a few million parameters, "
-    "trained for minutes: a verdict is of the claim at this scale."
+    "**contradicted** where it lies on the wrong side, in either case with p below 0.05 after "
+    "Holm's correction over the claim's tests, and **not resolved** otherwise. Differences are "
+    "taken seed by seed; the interval is not corrected, and below three seeds nothing is claimed. "
+    "Equality is two one-sided tests against a stated margin. A claim is reproduced where all its "
+    "tests are, and contradicted where any is. A loss that diverged on one side alone, in three "
+    "seeds or more and most of them, counts as infinite; where seeds differ by the same number to "
+    "the last digit, that number is judged. These are models of a few hundred thousand to a few "
+    "million parameters, trained for minutes: a verdict is of the claim at this scale."
 )
 MEBI = 2**20
 
