@@ -8,7 +8,8 @@ and a half on two cores), publishes it in benchmarks/study_small/ and writes REA
 import argparse
 from pathlib import Path
 
-from recipes import record
+import readme
+
 from recipes.study import plan as planning
 from recipes.study import show
 from recipes.study.gather import gather
@@ -17,10 +18,7 @@ from recipes.study.report.page import parts_of, write_study_report
 from recipes.study.run import run_study
 from recipes.study.schema import read_study
 
-HERE = Path(__file__).resolve().parent
-PUBLISHED = HERE / "study_small"
-README = HERE.parent / "README.md"
-BEGIN, END = "<!-- benchmarks/study_small.py writes from here -->", "<!-- to here -->"
+PUBLISHED = Path(__file__).resolve().parent / "study_small"
 
 
 def main() -> None:
@@ -34,19 +32,12 @@ def main() -> None:
             run_study(found, show=shown)
     for path in write_study_report(found.out, PUBLISHED / "figures", to=PUBLISHED):
         print(path)
-    record.write_text(README, with_table(README.read_text(), table()))
+    readme.put("study_small", table())
 
 
 def table() -> str:
-    """README's table, from what was published."""
+    """README's, from what was published."""
     return verdicts(parts_of(gather(PUBLISHED)).d)
-
-
-def with_table(text: str, block: str) -> str:
-    """README with that table in its place."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{block}{END}{after}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A published study: a directory that a report is made from again, and README's table of ours."""
+"""What is published: a directory that a report is made from again, and README's tables."""
 
 import importlib.util
 import sys
@@ -51,9 +51,8 @@ def test_the_table_says_every_verdict_and_control(tmp_path):
         assert any(f"`{control.of}`" in line for line in lines), label
 
 
-def test_readme_says_what_the_published_study_says():
-    ours = benchmark("study_small")
-    if not ours.PUBLISHED.is_dir():
-        pytest.skip("not published")
-    text = ours.README.read_text()
-    assert ours.with_table(text, ours.table()) == text
+@pytest.mark.parametrize("name", ["study_small", "claims"])
+def test_readme_says_what_is_published(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    text = (ROOT / "README.md").read_text()
+    assert benchmark("readme").with_block(text, name, benchmark(name).table()) == text
