@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def wait_until(true, seconds=200.0):
         time.sleep(0.02)
 
 
+@contextmanager
+def training(tmp_path, processes):
+    """A run without end, well begun: its future, its worker, its process."""
+    endless, there = planned(tmp_path, "endless", max_steps=ENDLESS)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(processes, endless, there)
+        wait_until((there / "metrics.csv").is_file)
+        (worker,) = processes._workers
+        (child,) = children(worker._process.pid)
+        yield future, worker, child
+
+
 @pytest.fixture
 def processes():
     processes = Processes()
@@ -62,13 +75,8 @@ def test_one_worker_trains_run_after_run_and_one_that_fails_is_told(tmp_path, pr
 
 
 def test_a_run_that_is_killed_is_told_and_its_worker_goes_on(tmp_path, processes):
-    endless, there = planned(tmp_path, "endless", max_steps=ENDLESS)
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(processes, endless, there)
-        wait_until((there / "metrics.csv").is_file)
-        (worker,) = processes._workers
-        (child,) = children(worker._process.pid)
-        (there / "stderr.txt").write_text("a warning of old\n")
+    with training(tmp_path, processes) as (future, worker, child):
+        (tmp_path / "endless" / "stderr.txt").write_text("a warning of old\n")
         os.kill(child, signal.SIGKILL)
         with pytest.raises(RunFailed, match=r"it was killed, .*; its last line: a warning of old"):
             future.result()
@@ -108,12 +116,7 @@ def test_runs_say_the_commit_that_their_worker_imported(tmp_path, processes, mon
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_no_run_outlives_its_worker(tmp_path, processes, end):
-    endless, there = planned(tmp_path, "endless", max_steps=ENDLESS)
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(processes, endless, there)
-        wait_until((there / "metrics.csv").is_file)
-        (worker,) = processes._workers
-        (child,) = children(worker._process.pid)
+    with training(tmp_path, processes) as (future, worker, child):
         if end == "stop":
             processes.stop()
         else:
